@@ -1,0 +1,394 @@
+"""The flow head: a continuous speech token drawn by a small velocity network conditioned on the hidden state.
+
+A residual MLP with adaptive layer norm (AdaLN-zero; MAR, arXiv 2406.11838) on single latents: no attention, so a step
+costs the same wherever it stands. Time runs t = 0 noise to t = 1 data; velocity = data - noise.
+
+Shapes: B rows, L steps, N flattened valid positions, R draws (N positions times `num_draws`), D latent dimension,
+H hidden width, W network width, A modulation width, T flow-time bins, K solver steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..flow import (
+    GRID_SOLVERS,
+    SOLVERS,
+    TIME_SAMPLINGS,
+    Velocity,
+    flow_matching_loss,
+    grid_times,
+    guide,
+    sample_time_pairs,
+    sample_times,
+    self_distillation_loss,
+    solve_grid,
+    solve_ode,
+)
+from ..tokenizers.base import TokenSpec
+from .base import Generators, HeadLoss, SpeechHead, draw_noise
+
+OBJECTIVES = ("cfm", "lsd")
+NUM_TIME_BINS = 4
+NUM_TIME_FREQUENCIES = 32
+AnyVelocity = TypeVar("AnyVelocity", bound=Callable[..., Tensor])
+
+
+@dataclass(frozen=True)
+class FlowSampling:
+    """How to draw a latent.
+
+    Attributes:
+        temperature: the noise is scaled by its square root; 0 draws without noise, 1 as trained.
+        num_steps: solver steps (no effect on dopri5, which adapts them).
+        solver: one of `flowomni.flow.SOLVERS`; "map" needs a head trained with objective "lsd".
+        guidance: scale of classifier-free guidance; 1 is none, and saves the second pass.
+    """
+
+    temperature: float = 1.0
+    num_steps: int = 16
+    solver: str = "euler"
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature is {self.temperature}; it must be a number of at least 0")
+        if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
+            raise ValueError(f"num_steps is {self.num_steps!r}; it must be a whole number of at least 1")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver is {self.solver!r}; it must be one of {', '.join(SOLVERS)}")
+        if not (self.guidance >= 0 and math.isfinite(self.guidance)):
+            raise ValueError(f"guidance is {self.guidance}; it must be a number of at least 0 (1 means none)")
+
+
+@dataclass(frozen=True)
+class FlowHeadConfig:
+    """Size and objective of a flow head.
+
+    Attributes:
+        width, num_blocks: of the velocity network (published optima: 1024 x 3 on mel, 512 x 6 on 32-d latents).
+        objective: "cfm", conditional flow matching, sampled by an ODE solver; "lsd", the same plus Lagrangian
+            self-distillation on `distill_fraction` of the draws, which also samples in one jump (solver "map").
+        num_draws: noise draws per hidden state; the network is cheap beside the language model.
+        time_sampling, time_mean, time_std: distribution of the flow times, see `flowomni.flow.sample_times`; the jumps
+            that are distilled have their own, `flowomni.flow.sample_time_pairs`.
+        condition_dropout: share of batch rows trained without their hidden state, for guidance.
+        distill_fraction: see objective.
+        feedback_noise: largest std of the noise on the latents that are fed back in training (uniform per row).
+        target_noise: std of the noise on the latents in training, as if sampled from a sigma-VAE of that width.
+    """
+
+    kind: str = "flow"
+    width: int = 256
+    num_blocks: int = 4
+    objective: str = "cfm"
+    num_draws: int = 4
+    time_sampling: str = "logit_normal"
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    condition_dropout: float = 0.1
+    distill_fraction: float = 0.25
+    feedback_noise: float = 0.0
+    target_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind != "flow":
+            raise ValueError(f"kind is {self.kind!r}; a flow head's kind is 'flow'")
+        for name in ("width", "num_blocks", "num_draws"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective is {self.objective!r}; it must be one of {', '.join(OBJECTIVES)}")
+        if self.time_sampling not in TIME_SAMPLINGS:
+            raise ValueError(f"time_sampling is {self.time_sampling!r}; it must be one of {', '.join(TIME_SAMPLINGS)}")
+        if not math.isfinite(self.time_mean):
+            raise ValueError(f"time_mean is {self.time_mean}; it must be a finite number")
+        if not (self.time_std > 0 and math.isfinite(self.time_std)):
+            raise ValueError(f"time_std is {self.time_std}; it must be above 0")
+        if not 0 <= self.condition_dropout < 1:
+            raise ValueError(f"condition_dropout is {self.condition_dropout}; it must be in [0, 1)")
+        if not 0 < self.distill_fraction < 1:
+            raise ValueError(
+                f"distill_fraction is {self.distill_fraction}; it must be between 0 and 1 (for none, objective 'cfm')"
+            )
+        for name in ("feedback_noise", "target_noise"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name} is {value}; it must be a number of at least 0")
+
+
+class _Linear(nn.Linear):
+    """A linear layer whose weights follow its input's dtype, so that bfloat16 weights still compute in float32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
+
+
+def _layer_norm(x: Tensor) -> Tensor:
+    """Layer norm without affine, written out: the fused kernel's gradient is wrong behind a forward-mode derivative.
+
+    https://github.com/pytorch/pytorch/issues/196700; `F.layer_norm` can come back when the supported torch has the fix.
+    """
+    centred = x - x.mean(dim=-1, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + 1e-6)
+
+
+class TimeEmbedding(nn.Module):
+    """Flow time `t_N1` -> `[N, W]`: sines of 1/4 to 8 cycles over the flow, then an MLP.
+
+    No faster sines: the self-distillation loss differentiates the network in time, and they would drown the rest.
+    """
+
+    cycles: Tensor
+
+    def __init__(self, width: int):
+        super().__init__()
+        cycles = torch.logspace(-2, 3, NUM_TIME_FREQUENCIES, base=2.0)
+        self.register_buffer("cycles", cycles)  # persistent: a model built on meta gets it back from the checkpoint
+        self.expand = _Linear(2 * NUM_TIME_FREQUENCIES, width)
+        self.project = _Linear(width, width)
+
+    def forward(self, t_N1: Tensor) -> Tensor:
+        angle = 2 * math.pi * self.cycles.to(t_N1.dtype) * t_N1
+        return self.project(F.silu(self.expand(torch.cat([angle.cos(), angle.sin()], dim=-1))))
+
+
+class Conditioner(nn.Module):
+    """Hidden state -> condition, or the learned null condition that stands for "no hidden state"."""
+
+    def __init__(self, hidden_size: int, width: int):
+        super().__init__()
+        self.project = _Linear(hidden_size, width)
+        self.null_W = nn.Parameter(0.02 * torch.randn(width))
+
+    def forward(self, hidden_NH: Tensor, dropped_N: Tensor | None = None) -> Tensor:
+        """Condition `[N, W]`; positions where `dropped_N` is True get the null condition."""
+        condition_NW = self.project(hidden_NH)
+        if dropped_N is None:
+            return condition_NW
+        return torch.where(dropped_N[:, None], self.null_W.to(condition_NW.dtype), condition_NW)
+
+
+class Block(nn.Module):
+    """Residual MLP, modulated by shift, scale and gate."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.expand = _Linear(width, width)
+        self.project = _Linear(width, width)
+
+    def forward(self, x_NW: Tensor, shift_NW: Tensor, scale_NW: Tensor, gate_NW: Tensor) -> Tensor:
+        modulated_NW = _layer_norm(x_NW) * (1 + scale_NW) + shift_NW
+        return x_NW + gate_NW * self.project(F.silu(self.expand(modulated_NW)))
+
+
+class VelocityNet(nn.Module):
+    """`v(x, s, t | condition)`. Time and condition act through the modulation alone, so that a sampler which knows its
+    times beforehand computes the modulation of all its steps at once (`modulate`), and then only `forward` per step.
+    """
+
+    def __init__(self, dim: int, width: int, num_blocks: int):
+        super().__init__()
+        self.embed_start = TimeEmbedding(width)
+        self.embed_end = TimeEmbedding(width)
+        self.modulation = _Linear(width, (3 * num_blocks + 2) * width)
+        self.project_in = _Linear(dim, width)
+        self.blocks = nn.ModuleList([Block(width) for _ in range(num_blocks)])
+        self.project_out = _Linear(width, dim)
+        for layer in (self.modulation, self.project_out):  # AdaLN-zero: every block starts as the identity
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def modulate(self, condition_NW: Tensor, s_N1: Tensor, t_N1: Tensor) -> Tensor:
+        """`[N, W]`, times `[N, 1]` (any shapes that broadcast) -> `[N, A]`."""
+        return self.modulation(F.silu(condition_NW + self.embed_start(s_N1) + self.embed_end(t_N1)))
+
+    def forward(self, x_ND: Tensor, modulation_NA: Tensor) -> Tensor:
+        width = self.project_in.out_features
+        *per_block, last_shift_NW, last_scale_NW = modulation_NA.split(width, dim=-1)
+        x_NW = self.project_in(x_ND)
+        for i, block in enumerate(self.blocks):
+            x_NW = block(x_NW, *per_block[3 * i : 3 * i + 3])
+        return self.project_out(_layer_norm(x_NW) * (1 + last_scale_NW) + last_shift_NW)
+
+
+class FlowHead(SpeechHead):
+    """Embed, teach and draw latents with flow matching.
+
+    Args:
+        config: size and objective.
+        spec: of the tokenizer; its kind must be "continuous".
+        hidden_size: width H of the hidden states.
+
+    Raises:
+        ValueError: naming both kinds, if the tokenizer's tokens are discrete.
+    """
+
+    Config = FlowHeadConfig
+    Sampling = FlowSampling
+    token_kind = "continuous"
+
+    def __init__(self, config: FlowHeadConfig, spec: TokenSpec, hidden_size: int):
+        super().__init__()
+        self.check_spec(config.kind, self.token_kind, spec)
+        self.config = config
+        self.dim = spec.dim
+        self.embedding = nn.Sequential(_Linear(spec.dim, hidden_size), nn.SiLU(), _Linear(hidden_size, hidden_size))
+        self.conditioner = Conditioner(hidden_size, config.width)
+        self.net = VelocityNet(spec.dim, config.width, config.num_blocks)
+
+    def embed(self, token_BL: Tensor) -> Tensor:
+        """Latents `[B, L, D]` -> `[B, L, H]`."""
+        return self.embedding(token_BL)
+
+    def perturb(self, token_BL: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Training noise on latents `[B, L, D]`: what is fed back, and what is the target.
+
+        The target gets noise of std `target_noise`; what is fed back is that target with more noise, of a std drawn per
+        row up to `feedback_noise`, so that the model learns to go on from its own imperfect tokens.
+        """
+        generator = generator or torch.default_generator
+
+        def noise_like(x: Tensor) -> Tensor:
+            noise = torch.randn(x.shape, generator=generator, device=generator.device)
+            return noise.to(device=x.device, dtype=x.dtype)
+
+        target_BL = fed_back_BL = token_BL
+        if self.config.target_noise > 0:
+            target_BL = fed_back_BL = token_BL + self.config.target_noise * noise_like(token_BL)
+        if self.config.feedback_noise > 0:
+            std_B11 = torch.rand(len(token_BL), 1, 1, generator=generator, device=generator.device).to(target_BL)
+            fed_back_BL = target_BL + self.config.feedback_noise * std_B11 * noise_like(token_BL)
+        return fed_back_BL, target_BL
+
+    def velocity(self, condition_NW: Tensor) -> Velocity:
+        """The velocity `v(x_ND, s_N1, t_N1)` under a condition of the conditioner (N rows, or one for all)."""
+        return lambda x_ND, s_N1, t_N1: self.net(x_ND, self.net.modulate(condition_NW, s_N1, t_N1))
+
+    def default_sampling(self) -> FlowSampling:
+        """16 Euler steps for "cfm", one jump of the flow map for "lsd"."""
+        return FlowSampling() if self.config.objective == "cfm" else FlowSampling(solver="map", num_steps=1)
+
+    def loss(self, hidden_NH: Tensor, target_N: Tensor, row_N: Tensor, generator: torch.Generator | None) -> HeadLoss:
+        """Mean over D and over the draws, summed over positions; count = N.
+
+        Args:
+            hidden_NH: hidden states of the positions whose speech token is taught.
+            target_N: their latents `[N, D]`.
+            row_N: int64, the batch row of each position; the condition is dropped for whole rows, in training mode.
+            generator: of times, noise and dropped rows; None takes torch's global one.
+
+        Returns:
+            HeadLoss whose parts are the flow matching error per quarter of the flow time, `flow_t0.00` (nearest
+            noise) to `flow_t0.75`, and for "lsd" the `distillation` error, each summed over draws with their number.
+        """
+        generator = generator or torch.default_generator
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            condition_NW = self.conditioner(hidden_NH.float(), self._drop_rows(row_N, generator))
+            return self._draw_losses(condition_NW, target_N.float(), generator)
+
+    def _drop_rows(self, row_N: Tensor, generator: torch.Generator) -> Tensor | None:
+        if not self.training or self.config.condition_dropout == 0:
+            return None
+        num_rows = int(row_N.max()) + 1 if len(row_N) else 0
+        uniform = torch.rand(num_rows, generator=generator, device=generator.device).to(row_N.device)
+        return (uniform < self.config.condition_dropout)[row_N]
+
+    def _draw_losses(self, condition_NW: Tensor, target_ND: Tensor, generator: torch.Generator) -> HeadLoss:
+        config, device, num_positions = self.config, target_ND.device, len(target_ND)
+        num_rows = num_positions * config.num_draws
+        num_distilled = round(num_rows * config.distill_fraction) if config.objective == "lsd" else 0
+        # Shuffled before it is repeated, so that a share which is no whole number of draws falls on any position.
+        shuffled_N = torch.randperm(num_positions, generator=generator, device=generator.device).to(device)
+        condition_RW = condition_NW[shuffled_N].repeat(config.num_draws, 1)
+        target_RD = target_ND[shuffled_N].repeat(config.num_draws, 1)
+        noise_RD = draw_noise(num_rows, self.dim, generator, device)
+        sizes = [num_rows - num_distilled, num_distilled]
+        condition, distill_condition = condition_RW.split(sizes)
+        target, distill_target = target_RD.split(sizes)
+        noise, distill_noise = noise_RD.split(sizes)
+
+        times = config.time_sampling, config.time_mean, config.time_std, generator, device
+        t_R1 = sample_times(sizes[0], *times)
+        loss_R = flow_matching_loss(self.velocity(condition), target, noise, t_R1)
+        total, parts = loss_R.sum(), _parts_by_time(loss_R.detach(), t_R1)
+        if num_distilled > 0:
+            s_R1, t_R1 = sample_time_pairs(num_distilled, generator=generator, device=device)
+            distill_R = self_distillation_loss(
+                self.velocity(distill_condition), distill_target, distill_noise, s_R1, t_R1
+            )
+            total = total + distill_R.sum()
+            parts["distillation"] = distill_R.detach().sum(), total.new_tensor(float(num_distilled))
+        return HeadLoss(total / config.num_draws, total.new_tensor(float(num_positions)), parts)
+
+    @torch.no_grad()
+    def sample(self, hidden_BH: Tensor, sampling: FlowSampling, generator: Generators) -> Tensor:
+        """Draw latents `[B, D]`, float32.
+
+        Args:
+            hidden_BH: hidden states.
+            sampling: see `FlowSampling`.
+            generator: of the noise: one for the batch, or one a row, which makes a row independent of its neighbours.
+
+        Raises:
+            ValueError: if the head was not trained for what `sampling` asks.
+        """
+        self._check_sampling(sampling)
+        with torch.autocast(hidden_BH.device.type, enabled=False):
+            noise_BD = draw_noise(len(hidden_BH), self.dim, generator, hidden_BH.device)
+            noise_BD = noise_BD * math.sqrt(sampling.temperature)
+            condition_BW = self.conditioner(hidden_BH.float())
+            if sampling.solver in GRID_SOLVERS:
+                return self._sample_on_grid(condition_BW, noise_BD, sampling)
+            if sampling.solver == "dopri5":  # its steps depend on all rows it sees: one at a time
+                rows = zip(condition_BW.split(1), noise_BD.split(1), strict=True)
+                return torch.cat([self._sample_ode(condition, noise, sampling) for condition, noise in rows])
+            return self._sample_ode(condition_BW, noise_BD, sampling)
+
+    def _check_sampling(self, sampling: FlowSampling) -> None:
+        if sampling.solver == "map" and self.config.objective != "lsd":
+            raise ValueError(
+                f"solver is 'map' but head.objective is {self.config.objective!r}: only a head trained with 'lsd' "
+                "knows the jumps of the flow map; use solver 'euler'"
+            )
+        if sampling.guidance != 1.0 and self.config.condition_dropout == 0:
+            raise ValueError(
+                f"guidance is {sampling.guidance} but head.condition_dropout is 0, so the head never learned to go "
+                "without its condition; use guidance 1"
+            )
+
+    def _sample_ode(self, condition_BW: Tensor, noise_BD: Tensor, sampling: FlowSampling) -> Tensor:
+        velocity = self._guided(self.velocity, condition_BW, sampling.guidance)
+        return solve_ode(velocity, noise_BD, sampling.solver, sampling.num_steps)
+
+    def _sample_on_grid(self, condition_BW: Tensor, noise_BD: Tensor, sampling: FlowSampling) -> Tensor:
+        """The fused path: the modulation of all steps in one product, equal to `flow.solve` of `velocity`."""
+        s_K, t_K = grid_times(sampling.solver, sampling.num_steps, noise_BD)
+
+        def velocity_at(condition_BW: Tensor) -> Callable[[Tensor, int], Tensor]:
+            modulation_KBA = self.net.modulate(condition_BW, s_K[:, None, None], t_K[:, None, None])
+            return lambda x_BD, k: self.net(x_BD, modulation_KBA[k])
+
+        velocity = self._guided(velocity_at, condition_BW, sampling.guidance)
+        return solve_grid(velocity, noise_BD, sampling.num_steps)
+
+    def _guided(self, build: Callable[[Tensor], AnyVelocity], condition_BW: Tensor, scale: float) -> Any:
+        if scale == 1.0:
+            return build(condition_BW)
+        return guide(build(condition_BW), build(self.conditioner.null_W.to(condition_BW.dtype)[None]), scale)
+
+
+def _parts_by_time(loss_R: Tensor, t_R1: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sum and count of the flow matching error in each of `NUM_TIME_BINS` equal bins of the flow time."""
+    bin_R1 = (t_R1 * NUM_TIME_BINS).long().clamp(max=NUM_TIME_BINS - 1)
+    in_bin_RT = (bin_R1 == torch.arange(NUM_TIME_BINS, device=t_R1.device)).to(loss_R.dtype)
+    sum_T, count_T = loss_R @ in_bin_RT, in_bin_RT.sum(dim=0)
+    return {f"flow_t{i / NUM_TIME_BINS:.2f}": (sum_T[i], count_T[i]) for i in range(NUM_TIME_BINS)}

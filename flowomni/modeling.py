@@ -1,0 +1,305 @@
+"""FlowOmniModel: a language model with ears (speech encoder, projector) and a voice (output blocks, heads, tokenizer).
+
+Shapes: B batch, L positions, H hidden width, D latent dimension (X: D latents or K codes), C Whisper mel bins,
+F Whisper mel frames, E encoder width, P heard positions, T transcript length, N flattened target positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaModel, PreTrainedModel
+
+from .configuration import FlowOmniConfig, LossConfig, OutputBlocksConfig
+from .encoder import Projector, SpeechEncoder
+from .heads import build_head
+from .heads.state import SpeechStateHead
+from .losses import Loss
+from .strict import strict
+from .streams import NONE, Streams
+from .tokenizers.base import SpeechTokenizer
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """What the model remembers between steps. A value: `advance` returns a new one and leaves the old one usable.
+
+    Attributes:
+        llm_cache, blocks_cache: key-value caches of the LLM and of the output blocks.
+        mask_BL: bool, which cached positions are real (rows of different lengths are padded inside).
+        num_seen_B: real positions so far, which is the next position id of each row.
+    """
+
+    llm_cache: DynamicCache
+    blocks_cache: DynamicCache
+    mask_BL: Tensor
+    num_seen_B: Tensor
+
+
+class OutputBlocks(nn.Module):
+    """A few causal transformer blocks from LLM hidden states to the states that condition the speech outputs."""
+
+    def __init__(self, config: OutputBlocksConfig, hidden_size: int):
+        super().__init__()
+        self.blocks = LlamaModel(
+            LlamaConfig(
+                vocab_size=1,
+                hidden_size=hidden_size,
+                intermediate_size=config.intermediate_size or 3 * hidden_size,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                num_key_value_heads=config.num_heads,
+            )
+        )
+        self.blocks.embed_tokens = None  # reads hidden states only; an unused table would confuse DDP and parameter counts
+
+    def forward(
+        self, hidden_BLH: Tensor, mask_BL: Tensor | None, position_BL: Tensor, cache: DynamicCache | None
+    ) -> Tensor:
+        """[B, L, H] -> [B, L, H]."""
+        return self.blocks(
+            inputs_embeds=hidden_BLH,
+            attention_mask=mask_BL,
+            position_ids=position_BL,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+
+class CtcAuxiliary(nn.Module):
+    """CTC over the LLM's own embedding table: pulls heard positions into the space of the words they say.
+
+    A heard position scores each text id by the dot product of its mapped state with that id's embedding; one more linear
+    score stands for the blank. It helps an encoder that starts from nothing and adds no vocabulary-sized matrix.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size)
+        self.map = nn.Linear(hidden_size, hidden_size)
+        self.blank = nn.Linear(hidden_size, 1)
+
+    def forward(self, heard_BPH: Tensor, lengths_B: Tensor, ctc_BT: Tensor, embedding_VH: Tensor) -> Loss:
+        """Summed over the clips that say something, each divided by its number of text ids."""
+        hidden_BPH = self.norm(heard_BPH)
+        # embeddings are small at initialisation: unit-variance rows keep the scores in a trainable range
+        table_VH = F.layer_norm(embedding_VH.float(), embedding_VH.shape[-1:])
+        scores = self.map(hidden_BPH).float() @ table_VH.T / embedding_VH.shape[-1] ** 0.5
+        log_probs = torch.cat([self.blank(hidden_BPH).float(), scores], dim=-1).log_softmax(-1)
+        target_lengths_B = (ctc_BT != NONE).sum(1)
+        losses_B = F.ctc_loss(
+            log_probs.transpose(0, 1),
+            ctc_BT.clamp(min=0) + 1,
+            lengths_B,
+            target_lengths_B,
+            reduction="none",
+            zero_infinity=True,
+        )
+        says_B = target_lengths_B > 0
+        return Loss((losses_B * says_B / target_lengths_B.clamp(min=1)).sum(), says_B.sum())
+
+
+class FlowOmniModel(PreTrainedModel):
+    """heard + text + own speech -> sum -> LLM -> text, and -> output blocks -> speech state and speech token.
+
+    `forward(streams)` gives the losses, `embed` and `advance` are one (chunk of) step of generation.
+    """
+
+    config_class = FlowOmniConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules: list[str] = []
+
+    def __init__(self, config: FlowOmniConfig):
+        super().__init__(config)
+        self.llm = AutoModelForCausalLM.from_config(config.llm)
+        self.speech_tokenizer: SpeechTokenizer = AutoModel.from_config(config.speech_tokenizer)
+        self.speech_tokenizer.requires_grad_(False)
+        hidden = config.hidden_size
+        self.loss_config = strict(LossConfig, config.loss, "loss")
+        if config.encoder is not None:
+            self.encoder = SpeechEncoder(config.encoder)
+            self.projector = Projector(config.encoder.d_model, hidden, config.encoder_stack)
+            if self.loss_config.ctc_weight > 0:
+                self.ctc = CtcAuxiliary(hidden)
+        blocks = strict(OutputBlocksConfig, config.output_blocks, "output_blocks")
+        self.output_blocks = OutputBlocks(blocks, hidden) if blocks.num_layers > 0 else None
+        self.state_embedding = nn.Embedding(4, hidden)
+        nn.init.normal_(self.state_embedding.weight, std=0.02)
+        self.state_head = SpeechStateHead(hidden, self.loss_config.stop_weight)
+        self.head = build_head(config.head, self.speech_tokenizer.spec, hidden)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Parts initialise themselves where they are built; a tensor missing from a checkpoint is an error instead."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.llm.get_input_embeddings()
+
+    def hear(self, features_BCF: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Whisper log-mel [B, C, F] -> heard positions [B, P, H] and their number per row [B]."""
+        if self.config.encoder is None:
+            raise ValueError("this model has no speech encoder (config.encoder is None): it cannot hear audio")
+        hidden_BTE, lengths_B = self.encoder(features_BCF, lengths_B)
+        return self.projector(hidden_BTE, lengths_B)
+
+    def embed(self, streams: Streams, heard_NH: Tensor | None = None) -> Tensor:
+        """Sum of the embeddings of all streams at each position: [B, L, H].
+
+        Args:
+            heard_NH: heard positions of all clips in order, one row per True in `streams.heard_BL`.
+        """
+        table = self.get_input_embeddings()
+        text_BL = streams.text_BL
+        x_BLH = table(text_BL.clamp(min=0)) * (text_BL != NONE).unsqueeze(-1)
+        state_BL = streams.state_BL
+        speaking = bool((state_BL != NONE).any())
+        if speaking:
+            states_BLH = self.state_embedding(state_BL.clamp(min=0)) * (state_BL != NONE).unsqueeze(-1)
+            x_BLH = x_BLH + states_BLH.to(x_BLH.dtype)
+        generating_BL = streams.generating_BL
+        if speaking and bool(generating_BL.any()):
+            token_NX = streams.speech_BLX[generating_BL]
+            x_BLH = x_BLH.index_put(
+                generating_BL.nonzero(as_tuple=True), self.head.embed(token_NX).to(x_BLH.dtype), accumulate=True
+            )
+        if heard_NH is not None:
+            x_BLH = x_BLH.index_put(streams.heard_BL.nonzero(as_tuple=True), heard_NH.to(x_BLH.dtype), accumulate=True)
+        return x_BLH
+
+    def forward(self, streams: Streams, generator: torch.Generator | None = None) -> dict[str, Loss]:
+        """The loss of each part ("text", "state", "speech", "ctc") as sum and count, plus the head's own parts.
+
+        Args:
+            streams: a batch with targets marked by its `*_loss` masks.
+            generator: randomness of the head (times, noise, condition dropout) and of the perturbed feedback.
+        """
+        losses: dict[str, Loss] = {}
+        heard_NH = None
+        if streams.features_BCF is not None:
+            assert streams.feature_lengths_B is not None
+            heard_BPH, lengths_B = self.hear(streams.features_BCF, streams.feature_lengths_B)
+            real_BP = torch.arange(heard_BPH.shape[1], device=lengths_B.device) < lengths_B.unsqueeze(1)
+            heard_NH = heard_BPH[real_BP]
+            if self.loss_config.ctc_weight > 0 and streams.ctc_BT is not None and streams.ctc_BT.shape[1] > 0:
+                table_VH = self.get_input_embeddings().weight
+                losses["ctc"] = self.ctc(heard_BPH, lengths_B, streams.ctc_BT, table_VH)
+        targets_BLX = streams.speech_BLX
+        if self.training:
+            streams, targets_BLX = self._perturb(streams, generator)
+        position_BL = (streams.mask_BL.cumsum(1) - 1).clamp(min=0)
+        mask_BL = None if bool(streams.mask_BL.all()) else streams.mask_BL
+        hidden_BLH = self.llm.base_model(
+            inputs_embeds=self.embed(streams, heard_NH),
+            attention_mask=mask_BL,
+            position_ids=position_BL,
+            use_cache=False,
+        ).last_hidden_state
+        losses |= self._text_loss(hidden_BLH, streams)
+        return losses | self._speech_losses(hidden_BLH, streams, targets_BLX, mask_BL, position_BL, generator)
+
+    def _perturb(self, streams: Streams, generator: torch.Generator | None) -> tuple[Streams, Tensor]:
+        """Training noise on the speech tokens: what is fed back, and what is the target (the head knows its kind)."""
+        fields = {**streams.__dict__}
+        fields["speech_BLX"], targets_BLX = self.head.perturb(streams.speech_BLX, generator)
+        return Streams(**fields), targets_BLX
+
+    def _text_loss(self, hidden_BLH: Tensor, streams: Streams) -> dict[str, Loss]:
+        target_BL = streams.text_loss_BL[:, 1:]
+        if not bool(target_BL.any()):
+            return {}
+        logits_NV = self.text_logits(hidden_BLH[:, :-1][target_BL]).float()
+        loss = F.cross_entropy(logits_NV, streams.text_BL[:, 1:][target_BL], reduction="sum")
+        return {"text": Loss(loss, target_BL.sum())}
+
+    def _speech_losses(
+        self,
+        hidden_BLH: Tensor,
+        streams: Streams,
+        targets_BLX: Tensor,
+        mask_BL: Tensor | None,
+        position_BL: Tensor,
+        generator: torch.Generator | None,
+    ) -> dict[str, Loss]:
+        state_BL = streams.state_loss_BL[:, 1:]
+        if not bool(state_BL.any()):
+            return {}
+        speech_BLH = hidden_BLH
+        if self.output_blocks is not None:
+            speech_BLH = self.output_blocks(hidden_BLH, mask_BL, position_BL, None)
+        losses = {"state": self.state_head.loss(speech_BLH[:, :-1][state_BL], streams.state_BL[:, 1:][state_BL])}
+        token_BL = streams.speech_loss_BL[:, 1:]
+        row_N = token_BL.nonzero()[:, 0]
+        head = self.head.loss(speech_BLH[:, :-1][token_BL], targets_BLX[:, 1:][token_BL], row_N, generator)
+        losses["speech"] = Loss(head.sum, head.count)
+        return losses | {f"speech/{name}": Loss(*part) for name, part in head.parts.items()}
+
+    def text_logits(self, hidden_NH: Tensor) -> Tensor:
+        """LLM hidden states [.., H] -> text logits [.., V], as the LLM itself makes them."""
+        logits = self.llm.get_output_embeddings()(hidden_NH)
+        cap = getattr(self.config.llm.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def init_state(self, batch_size: int) -> ModelState:
+        """Empty caches for `batch_size` rows."""
+        return ModelState(
+            llm_cache=DynamicCache(),
+            blocks_cache=DynamicCache(),
+            mask_BL=torch.zeros(batch_size, 0, dtype=torch.bool, device=self.device),
+            num_seen_B=torch.zeros(batch_size, dtype=torch.int64, device=self.device),
+        )
+
+    def advance(self, embeds_BLH: Tensor, mask_BL: Tensor, state: ModelState) -> tuple[Tensor, Tensor, ModelState]:
+        """Read L more positions per row.
+
+        Args:
+            embeds_BLH: their embeddings.
+            mask_BL: bool, False at padding (a row may end earlier than others).
+            state: from `init_state` or the previous call; not changed.
+
+        Returns:
+            text hidden states [B, H] and speech hidden states [B, H] of each row's last real position; the new state.
+        """
+        position_BL = (state.num_seen_B.unsqueeze(1) + mask_BL.cumsum(1) - 1).clamp(min=0)
+        all_BL = torch.cat([state.mask_BL, mask_BL], dim=1)
+        attention = None if bool(all_BL.all()) else all_BL
+        llm_cache, blocks_cache = _fork(state.llm_cache), _fork(state.blocks_cache)
+        hidden_BLH = self.llm.base_model(
+            inputs_embeds=embeds_BLH,
+            attention_mask=attention,
+            position_ids=position_BL,
+            past_key_values=llm_cache,
+            use_cache=True,
+        ).last_hidden_state
+        speech_BLH = hidden_BLH
+        if self.output_blocks is not None:
+            speech_BLH = self.output_blocks(hidden_BLH, attention, position_BL, blocks_cache)
+        count_B = mask_BL.sum(1)
+        last_B = (count_B - 1).clamp(min=0)
+        rows_B = torch.arange(len(last_B), device=last_B.device)
+        new = ModelState(llm_cache, blocks_cache, all_BL, state.num_seen_B + count_B)
+        return hidden_BLH[rows_B, last_B], speech_BLH[rows_B, last_B], new
+
+
+def _fork(cache: DynamicCache) -> DynamicCache:
+    """A cache that grows on its own: layers are copied, tensors are shared (appending makes new tensors)."""
+    fork = copy.copy(cache)
+    fork.layers = [copy.copy(layer) for layer in cache.layers]
+    return fork
+
+
+def register() -> None:
+    """Make `AutoConfig` and `AutoModel` know FlowOmni."""
+    from transformers import AutoConfig
+
+    AutoConfig.register(FlowOmniConfig.model_type, FlowOmniConfig, exist_ok=True)
+    AutoModel.register(FlowOmniConfig, FlowOmniModel, exist_ok=True)
+
+
+__all__: list[Any] = ["CtcAuxiliary", "FlowOmniModel", "ModelState", "OutputBlocks", "register"]

@@ -1,0 +1,331 @@
+"""The mel tokenizer: standardised log-mel through a causal encoder and decoder, then the vocoder.
+
+    wave -> log-mel -> patches of r frames -> causal encoder -> bottleneck -> standardised latent
+    wave <- vocoder <- mel frames          <- causal decoder <---------------+
+
+Shapes: B batch, S samples, F mel frames, C channels or mel bins, L speech tokens, D latent dimension, r frames per token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from vocos.modules import ConvNeXtBlock
+
+from ..strict import nearest, strict
+from .base import SpeechTokenizer, TokenSpec
+from .bottlenecks import BOTTLENECKS, build_bottleneck
+from .causal import causal_stack, init_pasts
+from .mel import MelConfig, MelFront
+from .vocoder import Vocoder, VocoderConfig, VocoderState
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The learned part between mel and latent.
+
+    Attributes:
+        frames_per_token: r, mel frames in one speech token.
+        latent_dim: D.
+        width, intermediate_dim: of the blocks that run once per token.
+        num_encoder_layers, num_decoder_layers: blocks that run once per token.
+        frame_width, num_frame_layers: blocks of the decoder that run once per mel frame.
+        bottleneck: "none" or "sigma_vae".
+        sigma: noise scale of the sigma-VAE in training.
+
+    With no layers at all and bottleneck "none" the latent is the patch of standardised mel frames itself.
+    """
+
+    frames_per_token: int = 8
+    latent_dim: int = 32
+    width: int = 256
+    intermediate_dim: int = 512
+    num_encoder_layers: int = 2
+    num_decoder_layers: int = 3
+    frame_width: int = 128
+    num_frame_layers: int = 2
+    bottleneck: str = "sigma_vae"
+    sigma: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("frames_per_token", "latent_dim", "width", "intermediate_dim", "frame_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("num_encoder_layers", "num_decoder_layers", "num_frame_layers", "sigma"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.bottleneck not in BOTTLENECKS:
+            raise ValueError(f"bottleneck is {self.bottleneck!r}; known bottlenecks: {', '.join(BOTTLENECKS)}")
+
+    @property
+    def plain(self) -> bool:
+        """Whether the latent is the mel patch itself."""
+        num_layers = self.num_encoder_layers + self.num_decoder_layers + self.num_frame_layers
+        return num_layers == 0 and self.bottleneck == "none"
+
+    @classmethod
+    def plain_patch(cls, frames_per_token: int, num_mels: int) -> AutoencoderConfig:
+        """The variant without any learned part."""
+        latent_dim = frames_per_token * num_mels
+        return cls(
+            frames_per_token=frames_per_token,
+            latent_dim=latent_dim,
+            num_encoder_layers=0,
+            num_decoder_layers=0,
+            num_frame_layers=0,
+            bottleneck="none",
+        )
+
+
+class MelTokenizerConfig(PreTrainedConfig):
+    """Configuration of `MelTokenizer`.
+
+    Args:
+        mel, autoencoder, vocoder: dicts of `MelConfig`, `AutoencoderConfig`, `VocoderConfig` (or those themselves).
+
+    Raises:
+        ValueError: an unknown key (with the nearest valid one), a bad value, or sections that do not fit together.
+    """
+
+    model_type = "flowomni_mel_tokenizer"
+
+    def __init__(self, mel: Any = None, autoencoder: Any = None, vocoder: Any = None, **kwargs: Any):
+        # The base class takes any keyword for an attribute, so that a misspelt section would go unnoticed.
+        for key in kwargs:
+            if not key.startswith("_") and not hasattr(PreTrainedConfig, key) and key not in _BASE_KEYS:
+                raise ValueError(
+                    f"speech_tokenizer.{key}: unknown key{nearest(key, ['mel', 'autoencoder', 'vocoder'])}"
+                )
+        mel_config = strict(MelConfig, mel, "mel")
+        autoencoder_config = strict(AutoencoderConfig, autoencoder, "autoencoder")
+        patch_dim = autoencoder_config.frames_per_token * mel_config.num_mels
+        if autoencoder_config.plain and autoencoder_config.latent_dim != patch_dim:
+            raise ValueError(
+                f"autoencoder.latent_dim is {autoencoder_config.latent_dim}, but without layers and bottleneck a token is "
+                f"autoencoder.frames_per_token * mel.num_mels = {autoencoder_config.frames_per_token} * "
+                f"{mel_config.num_mels} = {patch_dim} numbers: set latent_dim to {patch_dim}, or give it layers"
+            )
+        self.mel = dataclasses.asdict(mel_config)
+        self.autoencoder = dataclasses.asdict(autoencoder_config)
+        self.vocoder = dataclasses.asdict(strict(VocoderConfig, vocoder, "vocoder"))
+        super().__init__(**kwargs)
+
+    @property
+    def token_spec(self) -> TokenSpec:
+        """The spec of the tokenizer that this config describes."""
+        mel, lookahead_frames = self.mel, self.vocoder["lookahead_frames"]
+        return TokenSpec(
+            kind="continuous",
+            dim=self.autoencoder["latent_dim"],
+            num_codebooks=0,
+            codebook_size=0,
+            sample_rate_hz=mel["sample_rate_hz"],
+            samples_per_token=self.autoencoder["frames_per_token"] * mel["hop_length"],
+            lookahead_samples=lookahead_frames * mel["hop_length"] + mel["n_fft"] // 2,
+        )
+
+
+_BASE_KEYS = {"torch_dtype", "name_or_path", "attn_implementation", "model_type"}
+
+
+def _blocks(num_layers: int, dim: int, intermediate_dim: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        [ConvNeXtBlock(dim, intermediate_dim, layer_scale_init_value=1 / num_layers) for _ in range(num_layers)]
+    )
+
+
+class MelEncoder(nn.Module):
+    """Standardised mel to latents, causal in tokens."""
+
+    def __init__(self, config: AutoencoderConfig, num_mels: int):
+        super().__init__()
+        self.frames_per_token = config.frames_per_token
+        self.patch = nn.Linear(config.frames_per_token * num_mels, config.width)
+        self.blocks = _blocks(config.num_encoder_layers, config.width, config.intermediate_dim)
+        self.norm = nn.LayerNorm(config.width)
+        self.out = nn.Linear(config.width, config.latent_dim)
+
+    def forward(self, mel_BFC: Tensor) -> Tensor:
+        """F = L * r frames to latent_BLD, not standardised."""
+        hidden_BLC = self.patch(patchify(mel_BFC, self.frames_per_token))
+        hidden_BCL, _ = causal_stack(self.blocks, hidden_BLC.transpose(1, 2), init_pasts(self.blocks, mel_BFC.shape[0]))
+        return self.out(self.norm(hidden_BCL.transpose(1, 2)))
+
+
+@dataclass(frozen=True)
+class MelDecoderState:
+    """Pasts of the blocks at token rate and at frame rate."""
+
+    token_pasts: tuple[Tensor, ...]
+    frame_pasts: tuple[Tensor, ...]
+
+
+class MelDecoder(nn.Module):
+    """Latents to standardised mel, causal in tokens: token l gives frames l * r to (l + 1) * r - 1."""
+
+    def __init__(self, config: AutoencoderConfig, num_mels: int):
+        super().__init__()
+        self.frames_per_token = config.frames_per_token
+        self.embed = nn.Linear(config.latent_dim, config.width)
+        self.token_blocks = _blocks(config.num_decoder_layers, config.width, config.intermediate_dim)
+        self.token_norm = nn.LayerNorm(config.width)
+        self.unpatch = nn.Linear(config.width, config.frames_per_token * config.frame_width)
+        self.frame_blocks = _blocks(config.num_frame_layers, config.frame_width, 2 * config.frame_width)
+        self.frame_norm = nn.LayerNorm(config.frame_width)
+        self.out = nn.Linear(config.frame_width, num_mels)
+
+    def init_state(self, batch_size: int) -> MelDecoderState:
+        """State before the first token."""
+        return MelDecoderState(init_pasts(self.token_blocks, batch_size), init_pasts(self.frame_blocks, batch_size))
+
+    def step(self, latent_BLD: Tensor, state: MelDecoderState) -> tuple[Tensor, MelDecoderState]:
+        """L more latents (not standardised) to L * r mel frames, and the next state."""
+        hidden_BCL = self.embed(latent_BLD).transpose(1, 2)
+        hidden_BCL, token_pasts = causal_stack(self.token_blocks, hidden_BCL, state.token_pasts)
+        hidden_BLC = self.unpatch(self.token_norm(hidden_BCL.transpose(1, 2)))
+        hidden_BCF = unpatchify(hidden_BLC, self.frames_per_token).transpose(1, 2)
+        hidden_BCF, frame_pasts = causal_stack(self.frame_blocks, hidden_BCF, state.frame_pasts)
+        return self.out(self.frame_norm(hidden_BCF.transpose(1, 2))), MelDecoderState(token_pasts, frame_pasts)
+
+
+def patchify(mel_BFC: Tensor, frames_per_token: int) -> Tensor:
+    """(B, L * r, C) to (B, L, r * C)."""
+    batch_size, num_frames, num_mels = mel_BFC.shape
+    return mel_BFC.reshape(batch_size, num_frames // frames_per_token, frames_per_token * num_mels)
+
+
+def unpatchify(patch_BLC: Tensor, frames_per_token: int) -> Tensor:
+    """(B, L, r * C) to (B, L * r, C)."""
+    batch_size, num_tokens, width = patch_BLC.shape
+    return patch_BLC.reshape(batch_size, num_tokens * frames_per_token, width // frames_per_token)
+
+
+@dataclass(frozen=True)
+class MelTokenizerState:
+    """State of one batch of streams; `decoder` is None in the plain-patch variant."""
+
+    decoder: MelDecoderState | None
+    vocoder: VocoderState
+
+
+class MelTokenizer(SpeechTokenizer):
+    """Continuous speech tokens: mel patches through a bottleneck, and a vocoder to hear them.
+
+    A checkpoint holds everything: mel statistics, encoder, decoder, latent statistics, vocoder.
+    """
+
+    config_class = MelTokenizerConfig
+    base_model_prefix = "speech_tokenizer"
+    main_input_name = "wav_BS"
+    latent_mean_D: Tensor
+    latent_std_D: Tensor
+
+    def __init__(self, config: MelTokenizerConfig):
+        super().__init__(config)
+        mel = strict(MelConfig, config.mel, "mel")
+        self.autoencoder_config = strict(AutoencoderConfig, config.autoencoder, "autoencoder")
+        vocoder = strict(VocoderConfig, config.vocoder, "vocoder")
+        self.front = MelFront(mel)
+        plain = self.autoencoder_config.plain
+        self.encoder = None if plain else MelEncoder(self.autoencoder_config, mel.num_mels)
+        self.decoder = None if plain else MelDecoder(self.autoencoder_config, mel.num_mels)
+        self.bottleneck = build_bottleneck(self.autoencoder_config.bottleneck, self.autoencoder_config.sigma)
+        self.vocoder = Vocoder(vocoder, mel.num_mels, mel.n_fft, mel.hop_length)
+        dim = self.autoencoder_config.latent_dim
+        self.register_buffer("latent_mean_D", torch.zeros(dim, dtype=torch.float32))
+        self.register_buffer("latent_std_D", torch.ones(dim, dtype=torch.float32))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: every layer initialises itself; transformers' default would undo that."""
+
+    @property
+    def spec(self) -> TokenSpec:
+        return self.config.token_spec
+
+    @property
+    def frames_per_token(self) -> int:
+        """r, mel frames in one speech token."""
+        return self.autoencoder_config.frames_per_token
+
+    # wave and mel to latents
+
+    def mel(self, wav_BS: Tensor, lengths_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Standardised log-mel of whole tokens, (B, L * r, C), and mask_BL. Samples beyond a row's length count as zero."""
+        num_samples = wav_BS.shape[1]
+        if lengths_B is None:
+            lengths_B = torch.full((wav_BS.shape[0],), num_samples, device=wav_BS.device)
+        inside_BS = torch.arange(num_samples, device=wav_BS.device) < lengths_B[:, None]
+        wav_BS = torch.where(inside_BS, wav_BS, 0.0)
+        per_token = self.spec.samples_per_token
+        num_tokens = -(-num_samples // per_token)
+        mask_BL = torch.arange(num_tokens, device=wav_BS.device) < (-(-lengths_B // per_token))[:, None]
+        return self.front(wav_BS, num_tokens * self.frames_per_token), mask_BL
+
+    def encode_mel(self, mel_BFC: Tensor) -> Tensor:
+        """Standardised mel of whole tokens to latents before their standardisation, (B, L, D)."""
+        if self.encoder is None:
+            return patchify(mel_BFC, self.frames_per_token)
+        return self.encoder(mel_BFC)
+
+    def encode(self, wav_BS: Tensor, lengths_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        mel_BFC, mask_BL = self.mel(wav_BS, lengths_B)
+        latent_BLD = (self.encode_mel(mel_BFC).float() - self.latent_mean_D) / self.latent_std_D
+        return torch.where(mask_BL[..., None], latent_BLD, 0.0), mask_BL
+
+    # latents to mel and wave
+
+    def decode_mel(self, latent_BLD: Tensor) -> Tensor:
+        """Latents before their standardisation to standardised mel, (B, L * r, C)."""
+        if self.decoder is None:
+            return unpatchify(latent_BLD, self.frames_per_token)
+        return self.decoder.step(latent_BLD, self.decoder.init_state(latent_BLD.shape[0]))[0]
+
+    def vocode(self, log_mel_BFC: Tensor) -> Tensor:
+        """Log-mel as vocos has it (not standardised) to wave: F * hop_length samples."""
+        floor = torch.tensor(self.front.config.floor).log().item()
+        return self.vocoder(self.front.standardise(log_mel_BFC.clamp(min=floor)))
+
+    def init_state(self, batch_size: int) -> MelTokenizerState:
+        decoder = None if self.decoder is None else self.decoder.init_state(batch_size)
+        return MelTokenizerState(decoder, self.vocoder.init_state(batch_size))
+
+    def step(self, latent_BLD: Tensor, state: MelTokenizerState) -> tuple[Tensor, MelTokenizerState]:
+        raw_BLD = latent_BLD * self.latent_std_D + self.latent_mean_D
+        decoder_state = None
+        if self.decoder is None:
+            mel_BFC = unpatchify(raw_BLD, self.frames_per_token)
+        else:
+            assert state.decoder is not None
+            mel_BFC, decoder_state = self.decoder.step(raw_BLD, state.decoder)
+        wav_BS, vocoder_state = self.vocoder.step(mel_BFC, state.vocoder)
+        return wav_BS, MelTokenizerState(decoder_state, vocoder_state)
+
+    def flush(self, state: MelTokenizerState) -> Tensor:
+        return self.vocoder.flush(state.vocoder)
+
+    # statistics
+
+    @torch.no_grad()
+    def fit_latent_statistics(self, latents_LD: Iterable[Tensor]) -> None:
+        """Set mean and deviation per dimension from latents before standardisation (`encode_mel`), (L, D) each."""
+        dim = self.autoencoder_config.latent_dim
+        count, total_D, square_D = 0, torch.zeros(dim).double(), torch.zeros(dim).double()
+        for latent_LD in latents_LD:
+            count += latent_LD.shape[0]
+            total_D += latent_LD.double().cpu().sum(0)
+            square_D += latent_LD.double().cpu().square().sum(0)
+        assert count > 1
+        mean_D = total_D / count
+        self.latent_mean_D.copy_(mean_D)
+        self.latent_std_D.copy_((square_D / count - mean_D.square()).clamp(min=1e-8).sqrt())
+
+
+AutoConfig.register(MelTokenizerConfig.model_type, MelTokenizerConfig, exist_ok=True)
+AutoModel.register(MelTokenizerConfig, MelTokenizer, exist_ok=True)

@@ -1,0 +1,395 @@
+"""The contract of every head, and what each kind promises beyond it.
+
+A new head joins by a line in `CASES`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowomni import flow
+from flowomni.heads import HEADS, FlowHead, FlowHeadConfig, FlowSampling, SpeechHead, build_head, head_config
+from flowomni.tokenizers.base import TokenSpec
+
+HIDDEN, DIM = 12, 20
+LATENTS = TokenSpec("continuous", DIM, 0, 0, 24_000, 2_048, 0)
+CODES = TokenSpec("discrete", 0, 4, 64, 24_000, 2_048, 0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A head to hold to the contract."""
+
+    config: dict[str, Any]
+    spec: TokenSpec
+    wrong_spec: TokenSpec
+    samplings: list[Any]
+    bad_samplings: list[tuple[dict[str, Any], str]]
+
+    def head(self, **changes: Any) -> SpeechHead:
+        torch.manual_seed(0)
+        head = build_head(self.config | changes, self.spec, HIDDEN)
+        with torch.no_grad():  # as after some training: zero-initialised layers would hide what they are fed
+            for parameter in head.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return head
+
+    def tokens(self, *shape: int) -> Tensor:
+        if self.spec.kind == "continuous":
+            return torch.randn(*shape, self.spec.dim, generator=seeded(1))
+        return torch.randint(self.spec.codebook_size, (*shape, self.spec.num_codebooks), generator=seeded(1))
+
+
+BAD_FLOW_SAMPLINGS = [
+    ({"temperature": -0.1}, "temperature is -0.1"),
+    ({"temperature": float("nan")}, "temperature is nan"),
+    ({"num_steps": 0}, "num_steps is 0"),
+    ({"num_steps": 2.5}, "num_steps is 2.5"),
+    ({"solver": "rk4"}, "solver is 'rk4'.*euler, midpoint, dopri5, map"),
+    ({"guidance": -1.0}, "guidance is -1.0"),
+    ({"guidance": float("inf")}, "guidance is inf"),
+]
+ODE_SAMPLINGS = [
+    FlowSampling(num_steps=3, guidance=guidance, temperature=0.7, solver=solver)
+    for solver, guidance in [("euler", 1.0), ("euler", 2.0), ("midpoint", 1.5), ("dopri5", 1.0)]
+]
+JUMPS = [FlowSampling(num_steps=n, solver="map", guidance=guidance) for n, guidance in [(1, 1.0), (3, 1.0), (1, 1.5)]]
+FLOW = {"kind": "flow", "width": 16, "num_blocks": 2, "condition_dropout": 0.5}
+CASES = {
+    "flow-cfm": Case(FLOW, LATENTS, CODES, ODE_SAMPLINGS, BAD_FLOW_SAMPLINGS),
+    "flow-lsd": Case(FLOW | {"objective": "lsd"}, LATENTS, CODES, ODE_SAMPLINGS + JUMPS, BAD_FLOW_SAMPLINGS),
+}
+ROWS = torch.tensor([0, 0, 0, 2, 2, 3, 3])
+N = len(ROWS)
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def hidden(num_rows: int) -> Tensor:
+    return torch.randn(num_rows, HIDDEN, generator=seeded(2))
+
+
+# --- The contract of every head ---------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_head_is_held_to_the_contract() -> None:
+    assert {case.config["kind"] for case in CASES.values()} == set(HEADS)
+
+
+def test_embed_reads_tokens_one_by_one(case: Case) -> None:
+    head, tokens = case.head(), case.tokens(3, 5)
+    embedded_BLH = head.embed(tokens)
+    assert embedded_BLH.shape == (3, 5, HIDDEN) and bool(embedded_BLH.isfinite().all())
+    torch.testing.assert_close(embedded_BLH[1, 2], head.embed(tokens[1, 2]))
+
+
+def test_loss_is_a_sum_with_a_count_and_detached_parts(case: Case) -> None:
+    loss = case.head().loss(hidden(N), case.tokens(N), ROWS, seeded(0))
+    assert loss.sum.shape == loss.count.shape == () and loss.count == N
+    assert loss.sum.dtype == torch.float32 and loss.sum.requires_grad and bool(loss.sum.isfinite())
+    for total, count in loss.parts.values():
+        assert total.shape == count.shape == () and not total.requires_grad and bool(total.isfinite())
+
+
+def test_loss_is_a_function_of_the_generator(case: Case) -> None:
+    head, tokens = case.head(), case.tokens(N)
+    first, again, other = (head.loss(hidden(N), tokens, ROWS, seeded(seed)).sum for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_loss_without_positions_is_zero_and_still_differentiable(case: Case) -> None:
+    head = case.head()
+    loss = head.loss(hidden(0), case.tokens(0), ROWS[:0], seeded(0))
+    assert loss.sum == 0 and loss.count == 0
+    loss.sum.backward()
+    assert all(p.grad is None or not p.grad.any() for p in head.parameters())
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_loss_and_samples_are_computed_in_float32(case: Case, weights: torch.dtype) -> None:
+    """Under autocast, and with bfloat16 weights, as with float32 weights of the same values outside autocast."""
+    head = case.head().to(weights)
+    exact = case.head()
+    exact.load_state_dict(head.state_dict())
+    hidden_NH, tokens = hidden(N).bfloat16(), case.tokens(N)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = head.loss(hidden_NH, tokens, ROWS, seeded(0)).sum
+        token = head.sample(hidden_NH, head.default_sampling(), seeded(0))
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact.loss(hidden_NH.float(), tokens, ROWS, seeded(0)).sum)
+    torch.testing.assert_close(token, exact.sample(hidden_NH.float(), head.default_sampling(), seeded(0)))
+
+
+def test_gradient_reaches_hidden_and_every_parameter(case: Case) -> None:
+    head, hidden_NH = case.head(), hidden(N).requires_grad_()
+    loss = head.loss(hidden_NH, case.tokens(N), ROWS, seeded(0)).sum + head.embed(case.tokens(2, 3)).square().sum()
+    loss.backward()
+    assert hidden_NH.grad is not None and bool(hidden_NH.grad.isfinite().all())
+    trained = {name for name, p in head.named_parameters() if p.grad is not None and bool((p.grad != 0).any())}
+    everything = {name for name, _ in head.named_parameters()}
+    assert trained == everything, f"no gradient: {everything - trained}"
+    assert all(p.grad is not None for p in head.parameters()), "a parameter outside the graph stalls DDP"
+
+
+def test_loss_of_a_batch_is_the_sum_over_its_parts(case: Case) -> None:
+    """With so many draws that the loss is its expectation."""
+    head, hidden_NH, tokens = case.head(num_draws=4_000).eval(), hidden(2), case.tokens(2)
+    together = head.loss(hidden_NH, tokens, ROWS[:2], seeded(0))
+    apart = [head.loss(hidden_NH[i : i + 1], tokens[i : i + 1], ROWS[:1], seeded(5 + i)) for i in range(2)]
+    assert together.count == sum(part.count for part in apart)
+    torch.testing.assert_close(together.sum, apart[0].sum + apart[1].sum, rtol=0.03, atol=0)
+    assert (apart[0].sum - apart[1].sum).abs() > 0.06 * together.sum, "the two must differ for this to say anything"
+
+
+def test_sampling_is_a_function_of_the_generator(case: Case) -> None:
+    head = case.head()
+    for sampling in case.samplings:
+        first, again, other = (head.sample(hidden(3), sampling, seeded(seed)) for seed in (0, 0, 1))
+        assert first.shape == case.tokens(3).shape and first.dtype == case.tokens(3).dtype
+        assert not first.requires_grad and bool(first.isfinite().all())
+        assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_row_with_its_own_generator_is_that_row_alone(case: Case) -> None:
+    head, hidden_BH = case.head(), hidden(3)
+    for sampling in case.samplings:
+        together = head.sample(hidden_BH, sampling, [seeded(i) for i in range(3)])
+        for i in range(3):
+            alone = head.sample(hidden_BH[i : i + 1], sampling, seeded(i))
+            torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_number_of_generators_must_fit(case: Case) -> None:
+    with pytest.raises(ValueError, match="2 generators for 3 rows"):
+        case.head().sample(hidden(3), case.samplings[0], [seeded(0), seeded(1)])
+
+
+def test_default_sampling_works_and_is_of_the_heads_kind(case: Case) -> None:
+    head = case.head()
+    assert isinstance(head.default_sampling(), head.Sampling)
+    assert head.sample(hidden(2), head.default_sampling(), seeded(0)).shape == case.tokens(2).shape
+
+
+def test_perturb_keeps_tokens_tokens(case: Case) -> None:
+    head, tokens = case.head(), case.tokens(2, 5)
+    for perturbed in head.perturb(tokens, seeded(0)):
+        assert perturbed.shape == tokens.shape and perturbed.dtype == tokens.dtype
+
+
+def test_a_head_on_the_wrong_tokens_names_both(case: Case) -> None:
+    with pytest.raises(
+        ValueError, match=f"head.kind is '{case.config['kind']}'.*spec.kind is '{case.wrong_spec.kind}'"
+    ):
+        build_head(case.config, case.wrong_spec, HIDDEN)
+
+
+def test_bad_sampling_values_are_named(case: Case) -> None:
+    for values, message in case.bad_samplings:
+        with pytest.raises(ValueError, match=message):
+            HEADS[case.config["kind"]].Sampling(**values)
+
+
+def test_save_and_load(case: Case) -> None:
+    head, copy = case.head(), build_head(case.config, case.spec, HIDDEN)
+    copy.load_state_dict(head.state_dict())
+    sampled = [h.sample(hidden(2), case.samplings[0], seeded(0)) for h in (head, copy)]
+    assert torch.equal(*sampled)
+
+
+def test_config_is_strict(case: Case) -> None:
+    with pytest.raises(ValueError, match=r"head.kind is 'flux'.*flow"):
+        head_config({"kind": "flux"})
+    with pytest.raises(ValueError, match=r"head.num_draw: unknown key; did you mean 'num_draws'\?"):
+        head_config(case.config | {"num_draw": 4})
+
+
+# --- The flow head ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"width": 0}, "width is 0"),
+        ({"num_draws": 1.5}, "num_draws is 1.5"),
+        ({"objective": "gan"}, "objective is 'gan'.*cfm, lsd"),
+        ({"time_sampling": "cosine"}, "time_sampling is 'cosine'.*uniform, logit_normal"),
+        ({"time_std": 0.0}, "time_std is 0.0"),
+        ({"condition_dropout": 1.0}, "condition_dropout is 1.0"),
+        ({"distill_fraction": 0.0}, "distill_fraction is 0.0.*'cfm'"),
+        ({"feedback_noise": -1.0}, "feedback_noise is -1.0"),
+        ({"kind": "codes"}, "kind is 'codes'"),
+    ],
+)
+def test_bad_flow_config_values_are_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FlowHeadConfig(**values)
+
+
+def flow_head(**values: Any) -> FlowHead:
+    head = CASES["flow-lsd"].head(**values)
+    assert isinstance(head, FlowHead)
+    return head
+
+
+def test_what_a_flow_head_was_not_trained_for_is_refused() -> None:
+    with pytest.raises(ValueError, match="solver is 'map' but head.objective is 'cfm'"):
+        flow_head(objective="cfm").sample(hidden(1), FlowSampling(solver="map"), seeded(0))
+    with pytest.raises(ValueError, match="guidance is 2.0 but head.condition_dropout is 0"):
+        flow_head(condition_dropout=0.0).sample(hidden(1), FlowSampling(guidance=2.0), seeded(0))
+
+
+def test_default_sampling_follows_the_objective() -> None:
+    assert flow_head(objective="cfm").default_sampling() == FlowSampling(solver="euler", num_steps=16)
+    assert flow_head(objective="lsd").default_sampling() == FlowSampling(solver="map", num_steps=1)
+
+
+def test_velocity_starts_at_zero_and_learns_from_there() -> None:
+    """AdaLN-zero: the first loss is the mean square of data - noise."""
+    head = FlowHead(FlowHeadConfig(num_draws=500, width=8, num_blocks=1), LATENTS, HIDDEN)
+    loss = head.loss(hidden(N), torch.full((N, DIM), 2.0), ROWS, seeded(0))
+    assert (loss.sum / loss.count).item() == pytest.approx(4 + 1, rel=0.02)
+
+
+@pytest.mark.parametrize("objective", ["cfm", "lsd"])
+def test_parts_add_up_to_the_loss(objective: str) -> None:
+    head = flow_head(objective=objective, num_draws=4)
+    loss = head.loss(hidden(N), torch.randn(N, DIM), ROWS, seeded(0))
+    bins = ["flow_t0.00", "flow_t0.25", "flow_t0.50", "flow_t0.75"]
+    assert list(loss.parts) == bins + ["distillation"] * (objective == "lsd")
+    torch.testing.assert_close(sum(total for total, _ in loss.parts.values()), loss.sum.detach() * 4)
+    assert sum(count for _, count in loss.parts.values()) == 4 * N
+    if objective == "lsd":
+        assert loss.parts["distillation"][1] == N, "a quarter of the four draws of each position"
+
+
+def test_condition_is_dropped_for_whole_rows_and_only_in_training() -> None:
+    head = flow_head(objective="cfm", condition_dropout=0.5)
+    rows_N = torch.arange(200).repeat_interleave(3)
+    hidden_NH = torch.randn(600, HIDDEN, requires_grad=True)
+
+    def seen(head: FlowHead) -> Tensor:
+        loss = head.loss(hidden_NH, torch.zeros(600, DIM), rows_N, seeded(0)).sum
+        (grad_NH,) = torch.autograd.grad(loss, hidden_NH)
+        return (grad_NH != 0).any(dim=-1).view(200, 3)
+
+    by_row = seen(head.train())
+    assert torch.equal(by_row.all(dim=1), by_row.any(dim=1)), "all positions of one row are dropped together"
+    assert 0.35 < by_row[:, 0].float().mean() < 0.65
+    assert bool(seen(head.eval()).all())
+
+
+def test_dropped_rows_train_the_null_condition() -> None:
+    head = flow_head(condition_dropout=0.99).train()
+    head.loss(hidden(N), torch.zeros(N, DIM), ROWS, seeded(0)).sum.backward()
+    assert bool((head.conditioner.null_W.grad != 0).any())
+
+
+@pytest.mark.parametrize("guidance", [1.0, 0.0, 2.0])
+@pytest.mark.parametrize(("solver", "num_steps"), [("euler", 1), ("euler", 5), ("map", 1), ("map", 4), ("midpoint", 3)])
+def test_sample_is_the_solver_on_the_guided_velocity(solver: str, num_steps: int, guidance: float) -> None:
+    """The fused path (all times' modulation at once) against the plain definition; Euler against torchdiffeq's."""
+    head, hidden_BH = flow_head(), hidden(3)
+    sampled_BD = head.sample(hidden_BH, FlowSampling(0.64, num_steps, solver, guidance), seeded(0))
+    with torch.no_grad():
+        noise_BD = 0.8 * torch.randn(3, DIM, generator=seeded(0))
+        conditional = head.velocity(head.conditioner(hidden_BH))
+        null = head.velocity(head.conditioner(hidden_BH, torch.ones(3, dtype=torch.bool)))
+        velocity = flow.guide(conditional, null, guidance)
+        solve = flow.solve if solver == "map" else flow.solve_ode
+        expected_BD = solve(velocity, noise_BD, solver, num_steps)
+    torch.testing.assert_close(sampled_BD, expected_BD, rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_zero_forgets_the_hidden_state() -> None:
+    head = flow_head()
+    sampled = [head.sample(h, FlowSampling(guidance=0.0), seeded(0)) for h in (hidden(2), torch.zeros(2, HIDDEN))]
+    torch.testing.assert_close(*sampled)
+
+
+def test_temperature_zero_draws_without_noise() -> None:
+    head = flow_head()
+    first, other = (head.sample(hidden(2), FlowSampling(temperature=0.0), seeded(seed)) for seed in (0, 1))
+    assert torch.equal(first, other)
+
+
+def test_perturb_adds_noise_to_target_and_more_to_what_is_fed_back() -> None:
+    latent_BLD = torch.zeros(64, 50, DIM)
+    head = flow_head(target_noise=0.3, feedback_noise=0.8)
+    fed_back_BLD, target_BLD = head.perturb(latent_BLD, seeded(0))
+    assert target_BLD.std().item() == pytest.approx(0.3, rel=0.02)
+    added_B = (fed_back_BLD - target_BLD).std(dim=(1, 2))
+    assert added_B.max() < 0.85 and added_B.min() < 0.1 and added_B.mean() == pytest.approx(0.4, abs=0.1)
+    for clean in flow_head().perturb(latent_BLD, seeded(0)):
+        assert clean is latent_BLD
+
+
+def test_gradient_of_self_distillation_is_right_through_the_network() -> None:
+    """Reverse-mode over forward-mode against finite differences; torch's fused layer norm fails here."""
+    head = flow_head().double()
+    condition_NW, data_ND = torch.randn(4, 16).double(), torch.randn(4, DIM).double()
+    noise_ND, s_N1 = torch.randn(4, DIM).double(), torch.full((4, 1), 0.2).double()
+    velocity = head.velocity(condition_NW)
+    weight = head.net.blocks[0].get_parameter("expand.weight")
+
+    def without_target(x_ND: Tensor, s_N1: Tensor, t_N1: Tensor) -> Tensor:
+        """A finite difference would move the target too, so there is none: it alone is asked for s = t."""
+        return torch.zeros_like(x_ND) if s_N1 is t_N1 else velocity(x_ND, s_N1, t_N1)
+
+    def loss() -> Tensor:
+        return flow.self_distillation_loss(without_target, data_ND, noise_ND, s_N1, s_N1 + 0.5).sum()
+
+    (gradient,) = torch.autograd.grad(loss(), weight)
+    step = 1e-5
+    for i, j in itertools.product((0, 7), repeat=2):
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                weight[i, j] += sign * step
+                values.append(loss().item())
+                weight[i, j] -= sign * step
+        assert gradient[i, j].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5)
+
+
+def draw_mixture(side_N1: Tensor, generator: torch.Generator) -> Tensor:
+    """0.3 N(-1.5, 0.2^2) + 0.7 N(0.7, 0.4^2), mirrored where side is -1."""
+    narrow_N1 = torch.rand(side_N1.shape, generator=generator) < 0.3
+    z_N1 = torch.randn(side_N1.shape, generator=generator)
+    return side_N1 * torch.where(narrow_N1, 0.2 * z_N1 - 1.5, 0.4 * z_N1 + 0.7)
+
+
+@pytest.mark.parametrize("objective", ["cfm", "lsd"])
+def test_a_tiny_head_recovers_a_mixture(objective: str) -> None:
+    """Both modes with their weights, for either condition; the sampler is the objective's own (lsd: one jump)."""
+    torch.manual_seed(0)
+    generator, num_rows, num_updates = seeded(0), 128, 200
+    config = FlowHeadConfig(width=32, num_blocks=2, objective=objective)
+    head = FlowHead(config, TokenSpec("continuous", 1, 0, 0, 24_000, 2_048, 0), hidden_size=1)
+    optimizer = torch.optim.Adam(head.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 8e-3, total_steps=num_updates, pct_start=0.1)
+    for _ in range(num_updates):
+        side_N1 = 1 - 2 * torch.randint(2, (num_rows, 1), generator=generator).float()
+        loss = head.loss(side_N1, draw_mixture(side_N1, generator), torch.arange(num_rows), generator)
+        optimizer.zero_grad()
+        (loss.sum / loss.count).backward()
+        optimizer.step()
+        schedule.step()
+    for side in (1.0, -1.0):
+        side_N1 = torch.full((4_000, 1), side)
+        sampled_N = side * head.sample(side_N1, head.default_sampling(), generator).flatten()
+        true_N = side * draw_mixture(side_N1, generator).flatten()
+        assert (sampled_N < -0.7).float().mean().item() == pytest.approx(0.3, abs=0.1)
+        wasserstein = (sampled_N.sort().values - true_N.sort().values).abs().mean()
+        assert wasserstein < 0.2, "between this and the noise the head starts from it is 0.5"

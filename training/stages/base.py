@@ -1,0 +1,58 @@
+"""What a training stage is: a module with losses, batches that are a pure function of their index, an evaluation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import nn
+
+from flowomni.losses import Loss
+
+__all__ = ["Loss", "Stage", "rng_for"]
+
+
+def rng_for(*keys: int) -> np.random.Generator:
+    """A generator that depends on nothing but `keys` (seed, batch index, rank, ...)."""
+    return np.random.default_rng(np.random.SeedSequence([k & 0xFFFFFFFF for k in keys]))
+
+
+class Stage(ABC):
+    """One stage of training. The loop in `training.train` knows nothing else about what it trains.
+
+    Built as `cls(options, seed)`. A batch is anything with `.to(device)`.
+
+    Attributes:
+        Options: the dataclass of this stage's options.
+        module: what trains; `module(batch, generator)` returns a dict of `Loss` by part.
+        weights: weight of each loss part that is trained on; other parts are only logged.
+    """
+
+    Options: ClassVar[type]
+    module: nn.Module
+    weights: dict[str, float]
+
+    @abstractmethod
+    def batch(self, index: int, rank: int, world_size: int) -> Any:
+        """Micro-batch `index` of process `rank`: a pure function of (seed, index, rank), which makes resuming exact."""
+
+    @abstractmethod
+    def counts(self, batch: Any) -> dict[str, float]:
+        """Number of targets of each loss part in `batch`, known before the forward pass."""
+
+    @abstractmethod
+    def num_tokens(self, batch: Any) -> int:
+        """Size of `batch` for the throughput display: sequence positions, or mel frames."""
+
+    @abstractmethod
+    def evaluate(self, folder: Path, step: int) -> dict[str, float]:
+        """Metrics on held-out data. Writes what can be listened to or looked at into `folder`.
+
+        The module is in evaluation mode and holds the averaged (EMA) weights.
+        """
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the artefact of this stage, loadable with `from_pretrained`."""

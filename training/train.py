@@ -1,0 +1,287 @@
+"""Train one stage: `accelerate launch -m training.train --config configs/tiny/speech.yaml [--key value]`.
+
+The whole story is `train`: batches -> losses (sums) -> divided once by the global counts -> backward -> clip -> step ->
+average -> log -> evaluate -> checkpoint. What is trained stands in `training/stages/`, one file per stage.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm.auto import tqdm
+
+
+from .checkpoint import Checkpoints
+from .config import parse
+from .ema import Ema
+from .logs import Logs
+from .stages.base import Stage, rng_for
+
+
+@dataclass
+class RunOptions:
+    """Options of the loop, equal for every stage.
+
+    Attributes:
+        stage: what to train; a name from `training.stages.STAGES`.
+        output_dir: the run's folder: config.yaml, log.jsonl, samples/, checkpoints/, final/.
+        max_steps: optimizer steps in all; the learning rate reaches its end there.
+        learning_rate, min_learning_rate: peak and end of the cosine schedule.
+        warmup_steps: linear warm-up.
+        weight_decay: AdamW, on matrices only.
+        clip_norm: gradient clipping by global norm.
+        accumulation: micro-batches per optimizer step.
+        ema_decay: 0 keeps the last weights, else evaluation and the final model use the average.
+        mixed_precision: "no" or "bf16" (on CPUs with AVX512-BF16 or AMX, and on GPUs) or "fp16" (GPUs).
+        log_every, eval_every, save_every: in steps; 0 turns the last two off except at the end.
+        keep_checkpoints: newest checkpoints that stay.
+        num_threads: CPU threads of each process; 0 leaves torch's default.
+        wandb: "disabled", "offline" or "online"; the local log.jsonl is always written.
+        seed: data order, initial weights and noise.
+    """
+
+    stage: str
+    output_dir: str
+    max_steps: int
+    learning_rate: float = 1e-3
+    min_learning_rate: float = 1e-5
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    accumulation: int = 1
+    ema_decay: float = 0.0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    log_every: int = 10
+    eval_every: int = 0
+    save_every: int = 0
+    keep_checkpoints: int = 2
+    num_threads: int = 0
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "accumulation", "log_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}; it must be in [0, 1)")
+
+
+# a run that goes on may change these without becoming another run
+_NOT_IN_FINGERPRINT = ("output_dir", "log_every", "eval_every", "save_every", "keep_checkpoints", "num_threads", "wandb")
+
+
+def train(run: RunOptions, options: Any, stage_class: Callable[..., Stage]) -> Path:
+    """Run (or go on with) a training run; returns the folder of the final model.
+
+    Raises:
+        ValueError: bad configuration, or a checkpoint of another one.
+        FloatingPointError: a loss that is not finite; the last good checkpoint stays.
+    """
+    if run.num_threads:
+        torch.set_num_threads(run.num_threads)
+    accelerator = Accelerator(mixed_precision=run.mixed_precision)
+    torch.manual_seed(run.seed)
+    stage = stage_class(options, run.seed)
+    folder = Path(run.output_dir)
+    fingerprint = {k: v for k, v in asdict(run).items() if k not in _NOT_IN_FINGERPRINT}
+    fingerprint |= {f"options.{k}": v for k, v in asdict(options).items()}
+    optimizer = torch.optim.AdamW(parameter_groups(stage.module, run.weight_decay), lr=run.learning_rate, betas=(0.9, 0.99))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, run))
+    ema = Ema(stage.module, run.ema_decay)
+    module, optimizer = accelerator.prepare(stage.module, optimizer)
+    accelerator.register_for_checkpointing(scheduler, ema)
+    checkpoints = Checkpoints(folder / "checkpoints", accelerator, fingerprint, run.keep_checkpoints)
+    first = checkpoints.resume()
+    if first >= run.max_steps and (folder / "final").is_dir():
+        accelerator.print(f"{folder} is finished ({first} steps): {folder / 'final'}")
+        return folder / "final"
+    logs = Logs(folder, run, options, first, enabled=accelerator.is_main_process)
+    progress = tqdm(
+        total=run.max_steps, initial=first, desc=run.stage, unit="step", disable=not accelerator.is_main_process
+    )
+    feed = Feed(stage, run, accelerator, first)
+    tokens, since = 0, time.perf_counter()
+    for step in range(first, run.max_steps):
+        batches = feed.next()
+        torch.manual_seed(int(rng_for(run.seed, step, accelerator.process_index, 1).integers(2**62)))
+        values = optimize(stage, module, optimizer, batches, accelerator, run, step)
+        scheduler.step()
+        ema.update()
+        tokens += sum(stage.num_tokens(b) for b in batches) * accelerator.num_processes
+        done = step + 1
+        if done % run.log_every == 0 or done == run.max_steps:
+            elapsed = time.perf_counter() - since
+            values |= {"learning_rate": scheduler.get_last_lr()[0], "tokens_per_sec": tokens / elapsed}
+            logs.write(done, values)
+            progress.set_postfix({k: f"{v:.3g}" for k, v in values.items() if "/" not in k or k == "loss/total"})
+            tokens, since = 0, time.perf_counter()
+        progress.update()
+        last = done == run.max_steps
+        if last or (run.eval_every and done % run.eval_every == 0):
+            if accelerator.is_main_process:
+                logs.write(done, evaluate(stage, ema, folder / "samples" / f"step_{done:08d}", done), show=progress.write)
+            accelerator.wait_for_everyone()
+            since, tokens = time.perf_counter(), 0
+        if last or (run.save_every and done % run.save_every == 0):
+            checkpoints.save(done)
+    feed.close()
+    if accelerator.is_main_process:
+        save_final(stage, ema, folder / "final")
+    accelerator.wait_for_everyone()
+    progress.close()
+    logs.close()
+    accelerator.end_training()
+    return folder / "final"
+
+
+def optimize(
+    stage: Stage,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[Any],
+    accelerator: Accelerator,
+    run: RunOptions,
+    step: int,
+) -> dict[str, float]:
+    """One optimizer step over the micro-batches of all processes; returns the mean loss of each part."""
+    module.train()
+    counts = global_counts(stage, batches, accelerator)
+    sums: dict[str, list[float]] = {}
+    for index, batch in enumerate(batches):
+        generator = torch.Generator(accelerator.device)
+        generator.manual_seed(int(rng_for(run.seed, step, accelerator.process_index, 2, index).integers(2**62)))
+        accelerator.gradient_state._set_sync_gradients(index == len(batches) - 1)
+        with accelerator.autocast():
+            losses = module(batch, generator)
+        total = torch.zeros((), device=accelerator.device)
+        for part, loss in losses.items():
+            entry = sums.setdefault(part, [0.0, 0.0])
+            entry[0] += float(loss.sum.detach())
+            entry[1] += float(loss.count)
+            if stage.weights.get(part, 0.0) and counts.get(part):
+                # DDP averages gradients over processes; the counts are global, so the sum is wanted
+                total = total + stage.weights[part] * loss.sum / counts[part] * accelerator.num_processes
+        if not math.isfinite(float(total.detach())):
+            parts = ", ".join(f"{k} {v[0] / max(v[1], 1):.4g}" for k, v in sums.items())
+            raise FloatingPointError(
+                f"the loss is not finite at step {step}, micro-batch {index} ({parts}): the last checkpoint is kept; "
+                "lower learning_rate or look at that batch"
+            )
+        accelerator.backward(total)
+    norm = accelerator.clip_grad_norm_(module.parameters(), run.clip_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    values = {f"loss/{k}": v[0] / max(v[1], 1.0) for k, v in sums.items()}
+    values["loss/total"] = sum(stage.weights.get(k, 0.0) * values[f"loss/{k}"] for k in sums)
+    values["grad_norm"] = float(norm) if norm is not None else float("nan")
+    return values
+
+
+def global_counts(stage: Stage, batches: list[Any], accelerator: Accelerator) -> dict[str, float]:
+    """Targets of each part over all micro-batches and all processes."""
+    local: dict[str, float] = {}
+    for batch in batches:
+        for part, count in stage.counts(batch).items():
+            local[part] = local.get(part, 0.0) + count
+    names = sorted(local)
+    totals = accelerator.reduce(torch.tensor([local[n] for n in names], device=accelerator.device), "sum")
+    return dict(zip(names, totals.tolist(), strict=True))
+
+
+class Feed:
+    """The micro-batches of each step, made one step ahead in a thread."""
+
+    def __init__(self, stage: Stage, run: RunOptions, accelerator: Accelerator, first_step: int):
+        self.stage, self.run, self.accelerator, self.step = stage, run, accelerator, first_step
+        self.pool = ThreadPoolExecutor(1)
+        self.ahead = self.pool.submit(self._make, first_step)
+
+    def _make(self, step: int) -> list[Any]:
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        return [self.stage.batch(step * self.run.accumulation + i, rank, world) for i in range(self.run.accumulation)]
+
+    def next(self) -> list[Any]:
+        """The micro-batches of the next step, on the accelerator's device."""
+        batches = self.ahead.result()
+        self.step += 1
+        if self.step < self.run.max_steps:
+            self.ahead = self.pool.submit(self._make, self.step)
+        return [b.to(self.accelerator.device) for b in batches]
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters: matrices with weight decay, vectors without."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError("nothing is trainable: check the stage's `train` options")
+    return [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def learning_rate_factor(step: int, run: RunOptions) -> float:
+    """Linear warm-up, then cosine from learning_rate to min_learning_rate at max_steps."""
+    if step < run.warmup_steps:
+        return (step + 1) / run.warmup_steps
+    share = (step - run.warmup_steps) / max(1, run.max_steps - run.warmup_steps)
+    floor = run.min_learning_rate / run.learning_rate
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+def evaluate(stage: Stage, ema: Ema, folder: Path, step: int) -> dict[str, float]:
+    """The stage's evaluation with the averaged weights; random state and mode are as before afterwards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stage.module.eval()
+    with torch.random.fork_rng(), torch.no_grad(), ema.applied():
+        values = stage.evaluate(folder, step)
+    stage.module.train()
+    return {f"eval/{k}": v for k, v in values.items()}
+
+
+def save_final(stage: Stage, ema: Ema, folder: Path) -> None:
+    """Write the stage's artefact beside its place and move it there."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    stage.module.eval()
+    with ema.applied(), torch.no_grad():
+        stage.save(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Command line. Bad input ends with one line and exit status 2."""
+    from .stages import STAGES
+
+    try:
+        parsed = parse(RunOptions, {name: cls.Options for name, cls in STAGES.items()}, args)
+        if parsed.plan:
+            from .plan import print_plan
+
+            print_plan(parsed.run, parsed.options)
+            return
+        train(parsed.run, parsed.options, STAGES[parsed.run.stage])
+    except (ValueError, FloatingPointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
