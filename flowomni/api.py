@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from .audio import read_audio, write_audio
+from .audio import Audio, read_audio, resample, write_audio
 from .build import load_model
 from .generation import GenerationOptions, Step, generate
 from .modeling import FlowOmniModel
 from .processing import HEARD_RATE_HZ, FlowOmniProcessor
 from .streams import SpeechState, Streams
+from .strict import nearest
 
 BUNDLED_MODEL = Path(__file__).parent / "models" / "flowomni-tiny"
+Heard = str | Path | Audio | tuple[np.ndarray, int]
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,12 @@ class Question:
     """What the model is asked: exactly one of `audio` and `text`.
 
     Attributes:
-        audio: path of an audio file, or (mono float32 samples, rate in Hz).
+        audio: path of an audio file, what `read_audio` made of one, or (mono float32 samples, rate in Hz).
         text: typed words.
         task: "answer", "speak" (read `text` aloud) or "transcribe" (write down `audio`).
     """
 
-    audio: str | Path | tuple[np.ndarray, int] | None = None
+    audio: Heard | None = None
     text: str | None = None
     task: str = "answer"
 
@@ -66,10 +68,12 @@ class Answer:
     Attributes:
         text: what the model says, in words.
         wav_S: its voice, float32 [S] at `sample_rate_hz`.
-        heard_sec: length of the heard audio, 0 for typed questions.
+        heard_sec: length of the audio that the model hears, 0 for typed questions.
         states: speech state of each step; texts: text that each step brought.
-        first_audio_ms: from the end of the heard audio (the call) to the first sample; None without speech.
-        compute_sec: from the call to the last sample (of the whole batch, when there were several questions).
+        first_audio_ms: from the end of the heard audio to the first sample: features, prompt and first steps, without
+            the time to read the file. In a batch it is counted from the batch's start. None without speech.
+        compute_sec: from the end of the heard audio to the end of generation. In a batch, the answer's share of the
+            batch's time, in proportion to its length, so that shares add up to the time and nothing counts twice.
     """
 
     text: str
@@ -88,7 +92,7 @@ class Answer:
 
     @property
     def realtime_factor(self) -> float | None:
-        """Compute time over answer time: below 1 is faster than real time."""
+        """Compute time over answer time, below 1 is faster than real time; in a batch, of the whole batch."""
         return self.compute_sec / self.answer_sec if self.answer_sec else None
 
     def save(self, path: str | Path) -> None:
@@ -102,7 +106,10 @@ class _Growing:
     states: list[str] = field(default_factory=list)
     wavs: list[np.ndarray] = field(default_factory=list)
     first_audio_ms: float | None = None
-    compute_sec: float = 0.0
+
+    @property
+    def num_samples(self) -> int:
+        return sum(map(len, self.wavs))
 
 
 class FlowOmni:
@@ -131,7 +138,7 @@ class FlowOmni:
 
     def answer(
         self,
-        audio: str | Path | tuple[np.ndarray, int] | None = None,
+        audio: Heard | None = None,
         *,
         text: str | None = None,
         speak: bool = True,
@@ -153,7 +160,7 @@ class FlowOmni:
         """Read `text` aloud."""
         return self.answers([Question(text=text, task="speak")], seed=seed, sampling=sampling)[0]
 
-    def transcribe(self, audio: str | Path | tuple[np.ndarray, int]) -> str:
+    def transcribe(self, audio: Heard) -> str:
         """Write down what `audio` says."""
         return self.answers([Question(audio, task="transcribe")], speak=False)[0].text
 
@@ -171,12 +178,14 @@ class FlowOmni:
         options = self._options(speak, sampling, stop_threshold)
         found: list[Answer] = []
         for start in range(0, len(questions), batch_size):
-            prompts, heard = zip(*[self._prompt(q) for q in questions[start : start + batch_size]], strict=True)
-            growing = [_Growing() for _ in prompts]
+            batch = questions[start : start + batch_size]
+            heard = [self._hear(q) for q in batch]
+            growing = [_Growing() for _ in batch]
             began = time.perf_counter()
+            prompts = [self._prompt(q, h) for q, h in zip(batch, heard, strict=True)]
             for step in self._generate(prompts, options, seed):
                 _collect(growing, step, time.perf_counter() - began)
-            found += [self._finish(g, sec) for g, sec in zip(growing, heard, strict=True)]
+            found += self._finish(growing, heard, time.perf_counter() - began)
         return found
 
     def stream(
@@ -189,8 +198,9 @@ class FlowOmni:
         stop_threshold: float = 0.5,
     ) -> Iterator[Event]:
         """Answer one question step by step; the concatenated events equal `answer`."""
-        prompt, _ = self._prompt(question)
-        for step in self._generate([prompt], self._options(speak, sampling, stop_threshold), seed):
+        options = self._options(speak, sampling, stop_threshold)
+        prompt = self._prompt(question, self._hear(question))
+        for step in self._generate([prompt], options, seed):
             yield Event(step.texts[0], step.wavs[0].float().numpy(), _name(step.states[0]))
 
     def _generate(self, prompts: Sequence[Streams], options: GenerationOptions, seed: int) -> Iterator[Step]:
@@ -198,42 +208,51 @@ class FlowOmni:
         return generate(self.model, self.processor, prompts, options, generators)
 
     def _options(self, speak: bool, sampling: dict[str, Any] | None, stop_threshold: float) -> GenerationOptions:
-        head = self.model.head
-        chosen = dataclasses.replace(head.default_sampling(), **(sampling or {}))
+        default = self.model.head.default_sampling()
+        known = [f.name for f in dataclasses.fields(default)]
+        for name in sampling or {}:
+            if name not in known:
+                raise ValueError(f"sampling has {name!r}, which this model's head does not know{nearest(name, known)}")
+        chosen = dataclasses.replace(default, **(sampling or {}))
         return GenerationOptions(speak=speak, sampling=chosen, stop_threshold=stop_threshold)
 
-    def _prompt(self, question: Question) -> tuple[Streams, float]:
-        if question.audio is None:
+    def _hear(self, question: Question) -> Audio | None:
+        return None if question.audio is None else load_heard(question.audio, self.processor.max_heard_sec)
+
+    def _prompt(self, question: Question, heard: Audio | None) -> Streams:
+        if heard is None:
             turn = self.processor.turn("user", text=question.text)
-            return self.processor.prompt([turn], question.task), 0.0
-        wav_S, total_sec = load_heard(question.audio, self.processor.max_heard_sec)
-        turn = self.processor.turn("user", wav_S=wav_S, total_sec=total_sec)
-        return self.processor.prompt([turn], question.task), len(wav_S) / HEARD_RATE_HZ
+        else:
+            turn = self.processor.turn("user", wav_S=heard.wav_S, total_sec=heard.source_sec)
+        return self.processor.prompt([turn], question.task)
 
-    def _finish(self, growing: _Growing, heard_sec: float) -> Answer:
-        wav_S = np.concatenate([*growing.wavs, np.zeros(0, np.float32)])
-        text = "".join(growing.texts).strip()
-        return Answer(
-            text=text,
-            wav_S=wav_S,
-            sample_rate_hz=self.sample_rate_hz,
-            heard_sec=heard_sec,
-            states=growing.states,
-            texts=growing.texts,
-            first_audio_ms=growing.first_audio_ms,
-            compute_sec=growing.compute_sec,
-        )
+    def _finish(self, growing: list[_Growing], heard: list[Audio | None], compute_sec: float) -> list[Answer]:
+        total_samples = sum(row.num_samples for row in growing)
+        answers = []
+        for row, audio in zip(growing, heard, strict=True):
+            share = row.num_samples / total_samples if total_samples else 1 / len(growing)
+            answer = Answer(
+                text="".join(row.texts).strip(),
+                wav_S=np.concatenate([*row.wavs, np.zeros(0, np.float32)]),
+                sample_rate_hz=self.sample_rate_hz,
+                heard_sec=0.0 if audio is None else min(audio.duration_sec, self.processor.max_heard_sec),
+                states=row.states,
+                texts=row.texts,
+                first_audio_ms=row.first_audio_ms,
+                compute_sec=share * compute_sec,
+            )
+            answers.append(answer)
+        return answers
 
 
-def load_heard(audio: str | Path | tuple[np.ndarray, int], max_sec: float) -> tuple[np.ndarray, float]:
-    """16 kHz mono samples of a heard question (at most `max_sec` and one second) and the source's length in seconds."""
+def load_heard(audio: Heard, max_sec: float) -> Audio:
+    """A heard question as mono audio at 16 kHz; of a file, at most the first `max_sec` (0: all of it) are decoded."""
     if isinstance(audio, tuple):
-        import soxr
-
         wav_S, rate = audio
-        return soxr.resample(np.asarray(wav_S, np.float32), rate, HEARD_RATE_HZ), len(wav_S) / rate
-    clip = read_audio(audio, HEARD_RATE_HZ, max_sec=max_sec or None)
-    return clip.wav_S, clip.source_sec
+        audio = Audio(np.asarray(wav_S, np.float32), rate, len(wav_S) / rate)
+    if isinstance(audio, Audio):
+        return Audio(resample(audio.wav_S, audio.sample_rate_hz, HEARD_RATE_HZ), HEARD_RATE_HZ, audio.source_sec)
+    return read_audio(audio, HEARD_RATE_HZ, max_sec=max_sec or None)
 
 
 def _collect(growing: list[_Growing], step: Step, elapsed_sec: float) -> None:
@@ -245,9 +264,6 @@ def _collect(growing: list[_Growing], step: Step, elapsed_sec: float) -> None:
             row.wavs.append(step.wavs[index].float().numpy())
             if row.first_audio_ms is None:
                 row.first_audio_ms = elapsed_sec * 1000
-            row.compute_sec = elapsed_sec
-        elif not row.wavs:
-            row.compute_sec = elapsed_sec
 
 
 def _name(state: SpeechState | None) -> str:

@@ -31,6 +31,7 @@ _STREAMED_BYTES = range(0x7FFF0000, 0x100000000)
 # libsndfile gives this count for a stream that does not declare its own (SF_COUNT_MAX, less what its blocks round off).
 _UNKNOWN_FRAMES = 1 << 62
 _MAX_OGG_PAGE_BYTES = 65307
+_OGG_HEADER_BYTES = 27
 # Encoders of mp3 disagree on whether their own header and delay count; the end of an ogg is known by its last page.
 _COUNT_SLACK_FRAMES = {"MP3": 2 * 1152, "OGG": _UNKNOWN_FRAMES}
 _DECLARED_BYTES = re.compile(
@@ -139,7 +140,7 @@ def write_audio(path: str | Path, wav_S: np.ndarray, sample_rate_hz: int) -> Non
 
 def _read(file: BinaryIO, name: str, sample_rate_hz: int, max_sec: float | None) -> Audio:
     try:
-        sound = soundfile.SoundFile(file)
+        sound = _ForwardFile(file)
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: the name of a headerless format, such as .raw
         raise AudioError(
             f"{name} is not audio that can be read, or it is damaged: give a whole wav, flac, ogg, mp3 or aiff file"
@@ -157,6 +158,16 @@ def _read(file: BinaryIO, name: str, sample_rate_hz: int, max_sec: float | None)
     if max_sec is not None:
         wav_S = wav_S[: max(1, math.floor(max_sec * sample_rate_hz))].copy()
     return Audio(wav_S, sample_rate_hz, source_sec)
+
+
+class _ForwardFile(soundfile.SoundFile):
+    """A sound file that is read from start to end.
+
+    soundfile seeks after every block of a seekable file, and cannot do so at the end of a flac of undeclared length.
+    """
+
+    def seekable(self) -> bool:
+        return False
 
 
 def _decode(sound: soundfile.SoundFile, name: str, max_sec: float | None, known: bool) -> tuple[np.ndarray, int]:
@@ -215,14 +226,18 @@ def _is_cut_short(sound: soundfile.SoundFile, file: BinaryIO) -> bool:
 
 
 def _ogg_ends(file: BinaryIO) -> bool:
-    """Whether the last page of an ogg file is whole and carries the end-of-stream flag (RFC 3533, section 6)."""
+    """Whether the last page of an ogg file is whole and has the end-of-stream flag (RFC 3533, section 6)."""
     position = file.tell()
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 2 * _MAX_OGG_PAGE_BYTES))
     tail = file.read()
     file.seek(position)
-    start = tail.rfind(b"OggS")
-    return start >= 0 and len(tail) > start + 5 and bool(tail[start + 5] & 4)
+    page = tail[max(0, tail.rfind(b"OggS")) :]
+    if len(page) < _OGG_HEADER_BYTES:
+        return False
+    segments = page[_OGG_HEADER_BYTES : _OGG_HEADER_BYTES + page[26]]
+    is_whole = len(page) >= _OGG_HEADER_BYTES + page[26] + sum(segments)
+    return is_whole and bool(page[5] & 4)
 
 
 def _mp3_counts_frames(file: BinaryIO) -> bool:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, WhisperConfig
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, WhisperConfig
 
 from .configuration import FlowOmniConfig
 from .encoder import SpeechEncoder
 from .modeling import FlowOmniModel, register
 from .processing import FlowOmniProcessor
+from .strict import nearest
 
 
 def assemble(
@@ -63,38 +67,73 @@ def load_model(folder: str | Path) -> tuple[FlowOmniModel, FlowOmniProcessor]:
     """Load a saved FlowOmni model with its processor, in float32 and evaluation mode.
 
     Raises:
-        ValueError: the folder does not exist, holds another kind of model, or lacks tensors, naming them.
+        ValueError: the folder does not exist, holds another kind of model, or its config, weights or text tokenizer are
+            missing, damaged or do not fit; one line that names the folder and the key or tensor.
     """
     register()
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a model folder: it has no config.json")
-    config = AutoConfig.from_pretrained(folder)
-    if not isinstance(config, FlowOmniConfig):
-        raise ValueError(f"{folder} holds a {config.model_type!r} model, not 'flowomni'")
+    config = _load_config(folder)
     try:
+        # wrong shapes are let through to the report, which names them; transformers' own error does not
         model, report = FlowOmniModel.from_pretrained(
-            folder, config=config, dtype="float32", output_loading_info=True, use_safetensors=True
+            folder,
+            config=config,
+            dtype="float32",
+            output_loading_info=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
         )
-    except RuntimeError as error:  # transformers reports wrong shapes this way
-        raise ValueError(f"{folder}: {' '.join(str(error).split())[:400]}") from None
-    except OSError as error:
-        raise ValueError(f"{folder}: {' '.join(str(error).split())[:400]}") from None
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        keys = sorted(str(k) for k in report[kind])
-        if keys:
-            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-            raise ValueError(f"{folder}: the checkpoint has {kind.replace('_', ' ')}: {shown}. Is it complete?")
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: the weights are damaged ({_reason(error)}): copy the model again") from None
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ValueError(f"{folder}: {_reason(error)}") from None
+    _check_report(folder, report)
     model.eval()
     return model, FlowOmniProcessor(config, load_text_tokenizer(str(folder)), model.speech_tokenizer.spec)
+
+
+def _load_config(folder: Path) -> FlowOmniConfig:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} is not a model folder: it has no config.json")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as JSON ({_reason(error)}): copy the model again") from None
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind != FlowOmniConfig.model_type:
+        raise ValueError(f"{folder} holds a {kind!r} model, not {FlowOmniConfig.model_type!r}: give a FlowOmni model")
+    valid = [*FlowOmniConfig().to_dict(), "_name_or_path"]
+    for key in values:
+        if key not in valid:
+            raise ValueError(f"{file}: unknown key {key!r}{nearest(key, valid)}")
+    for part in ("llm", "speech_tokenizer"):
+        if not values.get(part):
+            raise ValueError(f"{file} has no section {part!r}: is it the config of a whole model?")
+    try:
+        return FlowOmniConfig.from_pretrained(folder)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise ValueError(f"{file}: {_reason(error)}") from None
+
+
+def _check_report(folder: Path, report: dict[str, Any]) -> None:
+    """Loading is strict: each tensor is there once, in its shape, and there is no other."""
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        raise ValueError(f"{folder}: tensor {name} has shape {list(found)}, but config.json makes it {list(wanted)}")
+    for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "has unknown")):
+        keys = sorted(report[kind])
+        if keys:
+            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise ValueError(f"{folder}: the checkpoint {what} tensors: {shown}. Is it the whole one of this config.json?")
 
 
 def save_model(model: FlowOmniModel, processor: FlowOmniProcessor, folder: str | Path, half: bool = False) -> None:
     """Write config, weights (safetensors) and text tokenizer; `half` keeps matrices as float16 to halve the file."""
     state = model.state_dict()
     if half:
-        names = {name for name, p in model.named_parameters() if p.ndim > 1}
-        state = {name: value.half() if name in names else value for name, value in state.items()}
+        # by storage, so that a tied matrix stays one tensor and is written once
+        halves = {p.data_ptr(): p.detach().half() for p in model.parameters() if p.ndim > 1}
+        state = {name: halves.get(value.data_ptr(), value) for name, value in state.items()}
     model.save_pretrained(folder, state_dict=state)
     processor.text_tokenizer.save_pretrained(folder)
 
@@ -102,13 +141,22 @@ def save_model(model: FlowOmniModel, processor: FlowOmniProcessor, folder: str |
 def load_text_tokenizer(path: str) -> Any:
     """The text tokenizer of a folder or Hub id; a missing one is a ValueError."""
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: no text tokenizer there ({' '.join(str(error).split())[:200]})") from None
+        raise ValueError(f"{path}: no text tokenizer there ({_reason(error)})") from None
+    if not tokenizer.encode("a", add_special_tokens=False):  # transformers makes an empty one where the file is missing
+        raise ValueError(f"{path}: no text tokenizer there (it has no vocabulary): is tokenizer.json missing?")
+    return tokenizer
+
+
+def _reason(error: Exception) -> str:
+    """One line of an error's text; some go on for pages."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:300] + " ..."
 
 
 def _load(auto: Any, path: str, what: str) -> Any:
     try:
         return auto.from_pretrained(path, dtype="float32")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{what}: cannot load {path!r} ({' '.join(str(error).split())[:300]})") from None
+        raise ValueError(f"{what}: cannot load {path!r} ({_reason(error)})") from None

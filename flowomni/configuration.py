@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, WhisperConfig
 
-from .strict import strict
+from .strict import check_keys, strict
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class LayoutConfig:
             raise ValueError(f"kind is {self.kind!r}; the only layout is 'turn'")
         if self.speech_delay_tokens < 1:
             raise ValueError(f"speech_delay_tokens is {self.speech_delay_tokens}; it must be at least 1")
+        if self.max_answer_tokens < 1:
+            raise ValueError(f"max_answer_tokens is {self.max_answer_tokens}; it must be at least 1")
         missing = {"answer", "transcribe", "speak"} - set(self.instructions)
         if missing:
             raise ValueError(f"instructions misses {', '.join(sorted(missing))}")
@@ -114,6 +116,7 @@ class FlowOmniConfig(PreTrainedConfig):
         self.loss = dataclasses.asdict(strict(LossConfig, loss, "loss"))
         self.encoder_stack = encoder_stack
         self.text_eos_id = text_eos_id
+        check_keys(FlowOmniConfig, kwargs)
         super().__init__(**kwargs)
         if self.llm is not None:
             self._cross_check()
@@ -130,6 +133,9 @@ class FlowOmniConfig(PreTrainedConfig):
         if self.head.get("kind") not in HEADS:
             raise ValueError(f"head.kind is {self.head.get('kind')!r}; known kinds: {', '.join(HEADS)}")
         head_config(self.head)
+        if self.speech_tokenizer is not None:
+            kind = self.head["kind"]
+            HEADS[kind].check_spec(kind, HEADS[kind].token_kind, self.speech_tokenizer.token_spec)
         if self.encoder_stack < 1:
             raise ValueError(f"encoder_stack is {self.encoder_stack}; it must be at least 1")
 

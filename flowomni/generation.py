@@ -101,8 +101,8 @@ def generate(
         prompts: one-row streams from `processor.prompt`.
         generators: one per row, for text and speech sampling.
     """
-    layout, head = processor.layout, model.head
-    sampling = options.sampling if options.sampling is not None else head.default_sampling()
+    layout = processor.layout
+    sampling = options.sampling if options.sampling is not None else model.head.default_sampling()
     max_steps = options.max_steps or layout.config.max_answer_tokens
     loop = _prefill(model, collate(list(prompts)).to(model.device), options.speak)
     for step in range(max_steps):
@@ -112,7 +112,7 @@ def generate(
         token_BX = None
         loop.wavs = [torch.zeros(0)] * len(loop.rows)
         if states is not None and SpeechState.GENERATING in states:
-            token_BX = head.sample(loop.speech_BH, sampling, list(generators))
+            token_BX = _draw(model, loop, states, sampling, generators)
             _speak(model, loop, token_BX, states)
         if states is not None:
             _finish_speech(model, loop, states, was_speaking)
@@ -158,7 +158,8 @@ def _next_text(
             continue
         if temperature > 0:
             probabilities = (logits_BV[index] / temperature).softmax(-1)
-            token = int(torch.multinomial(probabilities, 1, generator=generators[index]))
+            generator = generators[index]
+            token = int(torch.multinomial(probabilities.to(generator.device), 1, generator=generator))
         else:
             token = int(logits_BV[index].argmax())
         ids = (*row.ids, token)
@@ -187,6 +188,24 @@ def _next_states(
         states.append(state)
         loop.rows[index] = replace(row, state=state)
     return states
+
+
+def _draw(
+    model: FlowOmniModel,
+    loop: _Loop,
+    states: list[SpeechState | None],
+    sampling: Any,
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """Speech tokens [B, X] of this step; zeros, which nothing reads, where a row does not speak.
+
+    Only rows that speak draw, so that a row's generator gives what it would give alone.
+    """
+    speaking = [index for index, state in enumerate(states) if state == SpeechState.GENERATING]
+    drawn_NX = model.head.sample(loop.speech_BH[speaking], sampling, [generators[index] for index in speaking])
+    token_BX = drawn_NX.new_zeros(len(states), *drawn_NX.shape[1:])
+    token_BX[speaking] = drawn_NX
+    return token_BX
 
 
 def _speak(model: FlowOmniModel, loop: _Loop, token_BX: Tensor, states: list[SpeechState | None]) -> None:

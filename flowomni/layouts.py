@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .configuration import LayoutConfig
 from .encoder import num_heard_positions
+from .strict import nearest
 from .streams import NONE, SpeechState, Streams
 
 
@@ -46,6 +47,8 @@ class Turn:
             raise ValueError(f"role is {self.role!r}; it must be 'user' or 'assistant'")
         if self.text is None and self.heard_CF is None:
             raise ValueError(f"a {self.role} turn needs text or heard audio")
+        if self.role == "assistant" and self.text is None:
+            raise ValueError("an assistant turn needs text: only the user is heard")
 
 
 PLAIN_TEMPLATE = (
@@ -100,7 +103,10 @@ class TurnLayout:
     def _build(self, prompt: Sequence[Turn], answer: Turn | None, task: str) -> Streams:
         rows = _Rows(self.token_fill)
         messages = [{"role": t.role, "content": _SLOT.format(i)} for i, t in enumerate(prompt)]
-        instruction = self.config.instructions[task]
+        known = self.config.instructions
+        if task not in known:
+            raise ValueError(f"task is {task!r}{nearest(task, list(known))}; known tasks: {', '.join(known)}")
+        instruction = known[task]
         if instruction:
             messages.insert(0, {"role": "system", "content": instruction})
         rendered = self.text_tokenizer.apply_chat_template(

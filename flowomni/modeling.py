@@ -54,6 +54,8 @@ class OutputBlocks(nn.Module):
                 num_hidden_layers=config.num_layers,
                 num_attention_heads=config.num_heads,
                 num_key_value_heads=config.num_heads,
+                bos_token_id=None,
+                eos_token_id=None,
             )
         )
         self.blocks.embed_tokens = None  # reads hidden states only; an unused table would confuse DDP and parameter counts

@@ -217,10 +217,8 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 def test_file_without_bytes_or_without_samples(tmp_path: Path) -> None:
     (tmp_path / "empty.wav").touch()
     assert "is empty (0 bytes)" in bad(tmp_path / "empty.wav")
-    for name in ("none.wav", "none.flac"):
-        soundfile.write(tmp_path / name, np.zeros(0, np.float32), 16000)
-        message = bad(tmp_path / name)
-        assert "holds no samples" in message or "truncated" in message
+    soundfile.write(tmp_path / "none.wav", np.zeros(0, np.float32), 16000)
+    assert "holds no samples" in bad(tmp_path / "none.wav")
 
 
 @pytest.mark.parametrize("share", [0.99, 0.6, 0.3])

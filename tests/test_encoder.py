@@ -93,8 +93,8 @@ def test_features_equal_the_start_of_transformers_padded_features(num_samples: i
 
 
 def test_features_of_a_click_in_the_last_sample_keep_the_clips_own_normalisation() -> None:
-    # The click is loudest in a frame past the last one, and that frame sets the floor of all others.
-    wav = np.zeros(16000 + 81, np.float32)
+    # The click is loudest in the frame after the last one, and that frame sets the floor of all others.
+    wav = np.zeros(16000, np.float32)
     wav[100:200] = 1e-4
     wav[-1] = 1.0
     reference = WhisperFeatureExtractor()(wav, sampling_rate=16000, return_tensors="pt")["input_features"][0]

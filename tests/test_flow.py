@@ -49,13 +49,13 @@ def exact_velocity(x_ND: Tensor, s_N1: Tensor, t_N1: Tensor) -> Tensor:
 
 
 def error_of(method: str, num_steps: int) -> float:
-    """Largest error on dx/dt = x cos 3t, whose solution is x_0 exp(sin(3t) / 3).
+    """Largest error on dx/dt = exp(-x), whose solution is log(exp(x_0) + t).
 
     Not on the Gaussian flow above: it is symmetric in time in a way that lifts midpoint to order 3.
     """
     noise_ND = normal(torch.Generator().manual_seed(3))
-    x_ND = flow.solve(lambda x, s, t: x * torch.cos(3 * t), noise_ND, method, num_steps)
-    return (x_ND - noise_ND * math.exp(math.sin(3) / 3)).abs().max().item()
+    x_ND = flow.solve(lambda x, s, t: torch.exp(-x), noise_ND, method, num_steps)
+    return (x_ND - torch.log(torch.exp(noise_ND) + 1)).abs().max().item()
 
 
 def test_time_runs_from_noise_to_data(generator: torch.Generator) -> None:
@@ -102,7 +102,7 @@ def test_measured_order_is_the_declared_order(method: str, order: int) -> None:
 
 
 def test_dopri5_is_accurate_whatever_the_number_of_steps() -> None:
-    assert error_of("dopri5", 1) < 1e-4
+    assert error_of("dopri5", 1) < 1e-3
     assert error_of("dopri5", 1) == error_of("dopri5", 100)
 
 

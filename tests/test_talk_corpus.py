@@ -55,7 +55,7 @@ def test_numbers_have_distinct_words_and_a_range() -> None:
 
 
 def test_arithmetic_is_right() -> None:
-    seen = Counter()
+    seen: Counter[str] = Counter()
     for pair in samples("train", 3000):
         if pair.family not in ("plus", "minus", "times"):
             continue

@@ -102,7 +102,7 @@ def test_stream_equals_offline(tokenizer: SpeechTokenizer) -> None:
 
 
 def test_lookahead_is_what_the_spec_says(tokenizer: SpeechTokenizer) -> None:
-    """By gradient: sample s sees token (s + lookahead - 1) // samples_per_token and no later one; streaming emits as early."""
+    """By gradient, sample s sees token (s + lookahead - 1) // samples_per_token, none later; it is emitted then."""
     spec = tokenizer.spec
     latent_BLD = random_tokens(spec, 1, 9).requires_grad_()
     wav_BS = tokenizer.decode(latent_BLD)
@@ -163,7 +163,7 @@ def test_state_is_a_value(tokenizer: SpeechTokenizer) -> None:
 
 
 def test_save_and_load_through_auto_classes(tokenizer: SpeechTokenizer, tmp_path) -> None:
-    """`from_pretrained` builds on the meta device: filter bank, windows and statistics must come out right all the same."""
+    """`from_pretrained` builds on the meta device: filter bank, windows and statistics must come out right even so."""
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path).eval()
     assert type(loaded) is type(tokenizer) and loaded.spec == tokenizer.spec

@@ -42,12 +42,13 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
         try:
             self.accelerator.save_state(str(partial))
+            if main:
+                (partial / "run.json").write_text(json.dumps({"step": step, "fingerprint": self.fingerprint}))
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         self.accelerator.wait_for_everyone()
         if main:
-            (partial / "run.json").write_text(json.dumps({"step": step, "fingerprint": self.fingerprint}))
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             for old in self.complete()[: -self.keep]:
@@ -57,7 +58,7 @@ class Checkpoints:
         """Whole checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
-        return sorted(p for p in self.folder.iterdir() if p.name.startswith("step_") and (p / "run.json").is_file())
+        return sorted(p for p in self.folder.glob("step_*[0-9]") if (p / "run.json").is_file())
 
     def resume(self) -> int:
         """Load the newest whole checkpoint and return its step; 0 when there is none.

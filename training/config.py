@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import re
 import sys
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
+from transformers import CONFIG_MAPPING, PreTrainedConfig, WhisperConfig
 
-from flowomni.strict import nearest
+from flowomni.configuration import LayoutConfig, LossConfig, OutputBlocksConfig
+from flowomni.heads import HEADS, head_config
+from flowomni.strict import nearest, strict
+
+# transformers takes these for a config too, beside the fields that it declares
+_OLD_NAMES = ("model_type", "rope_theta", "rope_scaling", "torch_dtype", "attn_implementation")
 
 
 @dataclass(frozen=True)
@@ -24,56 +33,177 @@ class Parsed:
 
 
 class _Parser(ArgumentParser):
-    """Errors are one line and exit status 2."""
-
-    valid_keys: list[str]
+    """Errors are a ValueError of one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        text = re.sub(r"\s+", " ", str(message)).strip()
-        unknown = re.search(r"(?:Key|Option) '?-*([\w.]+)'? is not (?:expected|accepted)|[Uu]nrecognized arguments: -*([\w.]+)", text)
-        if unknown:
-            key = next(g for g in unknown.groups() if g)
-            text = f"unknown key {key!r}{nearest(key, self.valid_keys)} ({text})"
-        print(f"error: {text}", file=sys.stderr)
-        raise SystemExit(2)
+        text = re.sub(r"<class '([\w.]+)'>", r"\1", " ".join(str(message).split())).replace("typing.", "")
+        text = re.sub(r'^Parser key "([\w.]+)": ', r"\1: ", text)
+        # an error inside an optional section comes wrapped in what every type of that section says, values and all
+        wrapped = re.search(r"^([\w.]+): Does not validate.*?Errors: - ([\w.]+): (Expected .*?Got value: \S+)", text)
+        if wrapped:
+            text = "{}.{}: {}".format(*wrapped.groups())
+        raise ValueError(text.partition(" Given value")[0])
 
 
-def parse(run_class: type, options_by_stage: dict[str, type], args: list[str] | None) -> Parsed:
+def parse(run_class: type, options_by_stage: dict[str, type], args: list[str] | None = None) -> Parsed:
     """Parse `--config file.yaml [--key value] [--options.key value] [--plan]`.
 
     The stage named in the file (or by --stage) decides which options exist.
+
+    Raises:
+        ValueError: one line that names the file or the key: no such file, an unknown key (with the nearest valid one), a
+            missing key, a value of the wrong type, or one that the options refuse.
     """
     args = sys.argv[1:] if args is None else args
-    stage = _stage_of(args)
-    if stage not in options_by_stage:
+    files = {path: read_yaml(path) for path in _values(args, "--config")}
+    named = [content.get("stage") for content in files.values()] + list(_values(args, "--stage"))
+    if not named and not {"-h", "--help"} & set(args):
+        raise ValueError("there is nothing to train: give --config configs/tiny/vocoder.yaml, or another stage")
+    stage = named[-1] if named else next(iter(options_by_stage))
+    if stage not in list(options_by_stage):
         raise ValueError(f"stage is {stage!r}; known stages: {', '.join(options_by_stage)}")
-    parser = _Parser(prog="training.train", description="Train one stage of FlowOmni.")
-    parser.valid_keys = [f.name for f in fields(run_class)] + [f"options.{f.name}" for f in fields(options_by_stage[stage])]
+    tree = _tree(run_class) | {"options": _tree(options_by_stage[stage])}
+    for path, content in files.items():
+        _check_keys(content, tree, path)
+    _check_arguments(args, tree)
+    parser = _Parser(prog="training.train", description="Train one stage of FlowOmni.", allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with the keys below")
     parser.add_argument("--plan", action="store_true", help="print parameters and memory, train nothing")
     parser.add_class_arguments(run_class)
     parser.add_argument("--options", type=options_by_stage[stage])
     parsed = parser.instantiate_classes(parser.parse_args(args))
+    _check_sections(parsed.options, "options")
     run = run_class(**{f.name: parsed[f.name] for f in fields(run_class)})
     return Parsed(run, parsed.options, parsed.plan)
 
 
-def _stage_of(args: list[str]) -> str | None:
-    stage = None
-    for index, arg in enumerate(args):
-        name, _, value = arg.partition("=")
-        value = value or (args[index + 1] if index + 1 < len(args) else "")
-        if name == "--stage":
-            return value
-        if name == "--config":
-            path = Path(value)
-            if not path.is_file():
-                raise ValueError(f"--config {value}: no such file")
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The content of a stage's configuration file.
+
+    Raises:
+        ValueError: no such file, not YAML, or no stage's configuration.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict) or "stage" not in content:
+        raise ValueError(f"--config {path}: needs a key 'stage'")
+    return content
+
+
+def _values(args: Sequence[str], name: str) -> list[str]:
+    """What follows each `name` on the command line, as `name value` or `name=value`."""
+    found = [arg.partition("=")[2] for arg in args if arg.startswith(f"{name}=")]
+    return found + [value for arg, value in zip(args, args[1:], strict=False) if arg == name]
+
+
+# ------------------------------------------------------------------------------------------------------------- keys
+
+
+def _tree(cls: type) -> dict[str, Any]:
+    """Field names of a dataclass, each with the tree of the dataclass that it holds, or None for any other value."""
+    return {name: _subtree(hint) for name, hint in get_type_hints(cls).items() if name in _names(cls)}
+
+
+def _subtree(hint: Any) -> dict[str, Any] | None:
+    inner = next((part for part in (hint, *get_args(hint)) if isinstance(part, type) and is_dataclass(part)), None)
+    return None if inner is None else _tree(inner)
+
+
+def _names(cls: Any) -> list[str]:
+    return [field.name for field in fields(cls)]
+
+
+def _paths(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """All keys of a tree, dotted."""
+    inner = [path for name, part in tree.items() if part for path in _paths(part, f"{prefix}{name}.")]
+    return [f"{prefix}{name}" for name in tree] + inner
+
+
+def _check_keys(content: Mapping[str, Any], tree: dict[str, Any], file: str) -> None:
+    def check(values: Mapping[str, Any], part: dict[str, Any], prefix: str) -> None:
+        for key, value in values.items():
+            if key not in part:
+                raise ValueError(f"{file}: {_unknown(f'{prefix}{key}', tree)}")
+            if part[key] and isinstance(value, Mapping):
+                check(value, part[key], f"{prefix}{key}.")
+
+    check(content, tree, "")
+
+
+def _check_arguments(args: Sequence[str], tree: dict[str, Any]) -> None:
+    for arg in args:
+        path = arg[2:].partition("=")[0]
+        if not arg.startswith("--") or path.split(".")[0] in ("config", "plan", "help", "print_config", ""):
+            continue
+        part: dict[str, Any] | None = tree
+        for key in path.removesuffix("+").split("."):
+            if part is None:  # inside a free section, which is checked with its values
+                break
+            if key not in part:
+                raise ValueError(f"--{path}: {_unknown(path, tree)}")
+            part = part[key]
+
+
+def _unknown(path: str, tree: dict[str, Any]) -> str:
+    """Names the nearest key: of the same section if one is near, else of the whole tree."""
+    section, _, _ = path.rpartition(".")
+    paths = _paths(tree)
+    siblings = [p for p in paths if p.rpartition(".")[0] == section]
+    near = difflib.get_close_matches(path, siblings, n=1, cutoff=0.7)
+    return f"unknown key {path!r}{nearest(path, near or paths)}"
+
+
+# --------------------------------------------------------------------------------------------------------- sections
+
+
+def _check_sections(options: Any, where: str) -> None:
+    """The free sections of a stage's options, checked now and not after minutes of loading."""
+    for field in fields(options):
+        value, path = getattr(options, field.name), f"{where}.{field.name}"
+        if is_dataclass(value):
+            _check_sections(value, path)
+        elif field.name in _SECTIONS and isinstance(value, Mapping):
             try:
-                content = yaml.safe_load(path.read_text())
-            except yaml.YAMLError as error:
-                raise ValueError(f"--config {value}: not YAML ({str(error).splitlines()[0]})") from None
-            if not isinstance(content, dict) or "stage" not in content:
-                raise ValueError(f"--config {value}: needs a key 'stage'")
-            stage = content["stage"]
-    return stage
+                _SECTIONS[field.name](value)
+            except ValueError as error:
+                raise ValueError(f"{where}.{error}") from None
+
+
+def _head(values: Mapping[str, Any]) -> None:
+    if "kind" in values:
+        head_config(values)
+        return
+    # changes to a loaded model's head, whose kind stands in that model
+    known = sorted({name for head in HEADS.values() for name in _names(head.Config)})
+    for key in values:
+        if key not in known:
+            raise ValueError(f"head.{key}: unknown key{nearest(key, known)}. Valid keys: {', '.join(known)}")
+
+
+def _llm(values: Mapping[str, Any]) -> None:
+    kind = values.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"llm.model_type: unknown model type {kind!r}{nearest(str(kind), list(CONFIG_MAPPING))}")
+    _transformers_config(CONFIG_MAPPING[kind], values, "llm")
+
+
+def _transformers_config(cls: type[PreTrainedConfig], values: Mapping[str, Any], where: str) -> None:
+    """transformers itself keeps an unknown key as an attribute that nothing reads."""
+    known = [*(_names(cls) if dataclasses.is_dataclass(cls) else values), *cls.attribute_map, *_OLD_NAMES]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{where}.{key}: unknown key of {cls.__name__}{nearest(key, known)}")
+
+
+_SECTIONS = {
+    "head": _head,
+    "llm": _llm,
+    "encoder": lambda values: _transformers_config(WhisperConfig, values, "encoder"),
+    "output_blocks": lambda values: strict(OutputBlocksConfig, values, "output_blocks"),
+    "layout": lambda values: strict(LayoutConfig, values, "layout"),
+    "loss": lambda values: strict(LossConfig, values, "loss"),
+}

@@ -33,9 +33,7 @@ class Logs:
         config = asdict(run) | {"options": asdict(options)}
         (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         self.path = folder / "log.jsonl"
-        kept = []
-        if first_step and self.path.is_file():
-            kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
+        kept = _lines_up_to(first_step, self.path) if first_step and self.path.is_file() else []
         self.path.write_text("".join(line + "\n" for line in kept))
         self.started = time.time()
         if run.wandb != "disabled":
@@ -60,3 +58,15 @@ class Logs:
     def close(self) -> None:
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _lines_up_to(step: int, path: Path) -> list[str]:
+    """The lines of steps up to `step`. A line that is cut off, as a killed run leaves it, is of a later step."""
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except json.JSONDecodeError:
+            break
+    return kept

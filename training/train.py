@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -80,7 +81,7 @@ class RunOptions:
 
 
 # a run that goes on may change these without becoming another run
-_NOT_IN_FINGERPRINT = ("output_dir", "log_every", "eval_every", "save_every", "keep_checkpoints", "num_threads", "wandb")
+_NOT_IN_FINGERPRINT = ("options.attention", "output_dir", "log_every", "eval_every", "save_every", "keep_checkpoints", "num_threads", "wandb")
 
 
 def train(run: RunOptions, options: Any, stage_class: Callable[..., Stage]) -> Path:
@@ -92,16 +93,18 @@ def train(run: RunOptions, options: Any, stage_class: Callable[..., Stage]) -> P
     """
     if run.num_threads:
         torch.set_num_threads(run.num_threads)
-    accelerator = Accelerator(mixed_precision=run.mixed_precision)
+    # a batch of one task leaves parts of the model unused (nothing heard, nothing spoken), and which ones differs by process
+    parallel = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(mixed_precision=run.mixed_precision, kwargs_handlers=[parallel])
     torch.manual_seed(run.seed)
     stage = stage_class(options, run.seed)
     folder = Path(run.output_dir)
-    fingerprint = {k: v for k, v in asdict(run).items() if k not in _NOT_IN_FINGERPRINT}
-    fingerprint |= {f"options.{k}": v for k, v in asdict(options).items()}
+    settings = asdict(run) | {f"options.{k}": v for k, v in asdict(options).items()}
+    fingerprint = {k: v for k, v in settings.items() if k not in _NOT_IN_FINGERPRINT}
     optimizer = torch.optim.AdamW(parameter_groups(stage.module, run.weight_decay), lr=run.learning_rate, betas=(0.9, 0.99))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, run))
-    ema = Ema(stage.module, run.ema_decay)
     module, optimizer = accelerator.prepare(stage.module, optimizer)
+    ema = Ema(stage.module, run.ema_decay)  # after `prepare`, which moves the parameters to their device
     accelerator.register_for_checkpointing(scheduler, ema)
     checkpoints = Checkpoints(folder / "checkpoints", accelerator, fingerprint, run.keep_checkpoints)
     first = checkpoints.resume()
@@ -116,7 +119,6 @@ def train(run: RunOptions, options: Any, stage_class: Callable[..., Stage]) -> P
     tokens, since = 0, time.perf_counter()
     for step in range(first, run.max_steps):
         batches = feed.next()
-        torch.manual_seed(int(rng_for(run.seed, step, accelerator.process_index, 1).integers(2**62)))
         values = optimize(stage, module, optimizer, batches, accelerator, run, step)
         scheduler.step()
         ema.update()
@@ -156,13 +158,19 @@ def optimize(
     run: RunOptions,
     step: int,
 ) -> dict[str, float]:
-    """One optimizer step over the micro-batches of all processes; returns the mean loss of each part."""
+    """One optimizer step over the micro-batches of all processes; returns the mean loss of each part over all of them.
+
+    Data and randomness of a micro-batch depend on its place among all micro-batches of the step, not on which process it
+    falls to: two processes with one each are one process with two.
+    """
     module.train()
     counts = global_counts(stage, batches, accelerator)
     sums: dict[str, list[float]] = {}
     for index, batch in enumerate(batches):
-        generator = torch.Generator(accelerator.device)
-        generator.manual_seed(int(rng_for(run.seed, step, accelerator.process_index, 2, index).integers(2**62)))
+        place = index * accelerator.num_processes + accelerator.process_index
+        for_head, for_dropout = rng_for(run.seed, step, place, 2).integers(2**62, size=2).tolist()
+        generator = torch.Generator(accelerator.device).manual_seed(for_head)
+        torch.manual_seed(for_dropout)
         accelerator.gradient_state._set_sync_gradients(index == len(batches) - 1)
         with accelerator.autocast():
             losses = module(batch, generator)
@@ -184,10 +192,22 @@ def optimize(
     norm = accelerator.clip_grad_norm_(module.parameters(), run.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
-    values = {f"loss/{k}": v[0] / max(v[1], 1.0) for k, v in sums.items()}
-    values["loss/total"] = sum(stage.weights.get(k, 0.0) * values[f"loss/{k}"] for k in sums)
+    values = mean_losses(sums, stage.weights)
     values["grad_norm"] = float(norm) if norm is not None else float("nan")
     return values
+
+
+def mean_losses(sums: dict[str, list[float]], weights: dict[str, float]) -> dict[str, float]:
+    """Mean of each part over all processes, from this one's (sum, count) by part, and their weighted total."""
+    totals: dict[str, list[float]] = {}
+    for local in gather_object([sums]):  # objects, because the parts of a batch depend on its tasks
+        for part, (value, count) in local.items():
+            entry = totals.setdefault(part, [0.0, 0.0])
+            entry[0] += value
+            entry[1] += count
+    means = {part: value / max(count, 1.0) for part, (value, count) in totals.items()}
+    values = {f"loss/{part}": mean for part, mean in means.items()}
+    return values | {"loss/total": sum(weights.get(part, 0.0) * mean for part, mean in means.items())}
 
 
 def global_counts(stage: Stage, batches: list[Any], accelerator: Accelerator) -> dict[str, float]:

@@ -4,7 +4,7 @@ A residual MLP with adaptive layer norm (AdaLN-zero; MAR, arXiv 2406.11838) on s
 costs the same wherever it stands. Time runs t = 0 noise to t = 1 data; velocity = data - noise.
 
 Shapes: B rows, L steps, N flattened valid positions, R draws (N positions times `num_draws`), D latent dimension,
-H hidden width, W network width, A modulation width, T flow-time bins, K solver steps.
+H hidden width, W network width, A modulation width (shift, scale and gate of all blocks), T flow-time bins, K solver steps.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from .base import Generators, HeadLoss, SpeechHead, draw_noise
 OBJECTIVES = ("cfm", "lsd")
 NUM_TIME_BINS = 4
 NUM_TIME_FREQUENCIES = 32
+TIME_WIDTH = 64
 AnyVelocity = TypeVar("AnyVelocity", bound=Callable[..., Tensor])
 
 
@@ -132,6 +133,13 @@ class _Linear(nn.Linear):
         return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
 
 
+def _zeroed(layer: _Linear) -> _Linear:
+    """AdaLN-zero: every block starts as the identity, and the velocity at zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 def _layer_norm(x: Tensor) -> Tensor:
     """Layer norm without affine, written out: the fused kernel's gradient is wrong behind a forward-mode derivative.
 
@@ -141,40 +149,48 @@ def _layer_norm(x: Tensor) -> Tensor:
     return centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + 1e-6)
 
 
-class TimeEmbedding(nn.Module):
-    """Flow time `t_N1` -> `[N, W]`: sines of 1/4 to 8 cycles over the flow, then an MLP.
+class Conditioner(nn.Module):
+    """Hidden state -> its share of the modulation; a learned null condition stands for "no hidden state"."""
+
+    def __init__(self, hidden_size: int, width: int, modulation_width: int):
+        super().__init__()
+        self.project = _Linear(hidden_size, width)
+        self.null_W = nn.Parameter(0.02 * torch.randn(width))
+        self.modulation = _zeroed(_Linear(width, modulation_width))
+
+    def forward(self, hidden_NH: Tensor, dropped_N: Tensor | None = None) -> Tensor:
+        """Modulation `[N, A]`; positions where `dropped_N` is True get the null condition's."""
+        condition_NW = self.project(hidden_NH)
+        if dropped_N is not None:
+            condition_NW = torch.where(dropped_N[:, None], self.null_W.to(condition_NW.dtype), condition_NW)
+        return self.modulation(F.silu(condition_NW))
+
+    def null(self) -> Tensor:
+        """Modulation `[1, A]` of the null condition, float32."""
+        return self.modulation(F.silu(self.null_W.float()[None]))
+
+
+class TimeConditioner(nn.Module):
+    """Flow times `s_N1, t_N1` -> their share of the modulation, from sines of 1/4 to 8 cycles over the flow.
 
     No faster sines: the self-distillation loss differentiates the network in time, and they would drown the rest.
     """
 
     cycles: Tensor
 
-    def __init__(self, width: int):
+    def __init__(self, modulation_width: int):
         super().__init__()
-        cycles = torch.logspace(-2, 3, NUM_TIME_FREQUENCIES, base=2.0)
-        self.register_buffer("cycles", cycles)  # persistent: a model built on meta gets it back from the checkpoint
-        self.expand = _Linear(2 * NUM_TIME_FREQUENCIES, width)
-        self.project = _Linear(width, width)
+        # Persistent: a model that is built on the meta device gets it back from the checkpoint.
+        self.register_buffer("cycles", torch.logspace(-2, 3, NUM_TIME_FREQUENCIES, base=2.0))
+        self.expand = _Linear(4 * NUM_TIME_FREQUENCIES, TIME_WIDTH)
+        self.project = _Linear(TIME_WIDTH, TIME_WIDTH)
+        self.modulation = _zeroed(_Linear(TIME_WIDTH, modulation_width))
 
-    def forward(self, t_N1: Tensor) -> Tensor:
-        angle = 2 * math.pi * self.cycles.to(t_N1.dtype) * t_N1
-        return self.project(F.silu(self.expand(torch.cat([angle.cos(), angle.sin()], dim=-1))))
-
-
-class Conditioner(nn.Module):
-    """Hidden state -> condition, or the learned null condition that stands for "no hidden state"."""
-
-    def __init__(self, hidden_size: int, width: int):
-        super().__init__()
-        self.project = _Linear(hidden_size, width)
-        self.null_W = nn.Parameter(0.02 * torch.randn(width))
-
-    def forward(self, hidden_NH: Tensor, dropped_N: Tensor | None = None) -> Tensor:
-        """Condition `[N, W]`; positions where `dropped_N` is True get the null condition."""
-        condition_NW = self.project(hidden_NH)
-        if dropped_N is None:
-            return condition_NW
-        return torch.where(dropped_N[:, None], self.null_W.to(condition_NW.dtype), condition_NW)
+    def forward(self, s_N1: Tensor, t_N1: Tensor) -> Tensor:
+        """Modulation `[N, A]`."""
+        angles = [2 * math.pi * self.cycles.to(time.dtype) * time for time in (s_N1, t_N1)]
+        waves = torch.cat([wave for angle in angles for wave in (angle.cos(), angle.sin())], dim=-1)
+        return self.modulation(F.silu(self.project(F.silu(self.expand(waves)))))
 
 
 class Block(nn.Module):
@@ -191,29 +207,20 @@ class Block(nn.Module):
 
 
 class VelocityNet(nn.Module):
-    """`v(x, s, t | condition)`. Time and condition act through the modulation alone, so that a sampler which knows its
-    times beforehand computes the modulation of all its steps at once (`modulate`), and then only `forward` per step.
+    """`v(x | modulation)`, where the modulation is the sum of the condition's share and the times' share.
+
+    Being a sum, the condition's share is computed once for all noise draws of a position and for all steps of a solver,
+    and the times' share once for all rows: beside that, only these blocks run per draw and per step.
     """
 
     def __init__(self, dim: int, width: int, num_blocks: int):
         super().__init__()
-        self.embed_start = TimeEmbedding(width)
-        self.embed_end = TimeEmbedding(width)
-        self.modulation = _Linear(width, (3 * num_blocks + 2) * width)
         self.project_in = _Linear(dim, width)
         self.blocks = nn.ModuleList([Block(width) for _ in range(num_blocks)])
-        self.project_out = _Linear(width, dim)
-        for layer in (self.modulation, self.project_out):  # AdaLN-zero: every block starts as the identity
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    def modulate(self, condition_NW: Tensor, s_N1: Tensor, t_N1: Tensor) -> Tensor:
-        """`[N, W]`, times `[N, 1]` (any shapes that broadcast) -> `[N, A]`."""
-        return self.modulation(F.silu(condition_NW + self.embed_start(s_N1) + self.embed_end(t_N1)))
+        self.project_out = _zeroed(_Linear(width, dim))
 
     def forward(self, x_ND: Tensor, modulation_NA: Tensor) -> Tensor:
-        width = self.project_in.out_features
-        *per_block, last_shift_NW, last_scale_NW = modulation_NA.split(width, dim=-1)
+        *per_block, last_shift_NW, last_scale_NW = modulation_NA.split(self.project_in.out_features, dim=-1)
         x_NW = self.project_in(x_ND)
         for i, block in enumerate(self.blocks):
             x_NW = block(x_NW, *per_block[3 * i : 3 * i + 3])
@@ -242,7 +249,9 @@ class FlowHead(SpeechHead):
         self.config = config
         self.dim = spec.dim
         self.embedding = nn.Sequential(_Linear(spec.dim, hidden_size), nn.SiLU(), _Linear(hidden_size, hidden_size))
-        self.conditioner = Conditioner(hidden_size, config.width)
+        modulation_width = (3 * config.num_blocks + 2) * config.width
+        self.conditioner = Conditioner(hidden_size, config.width, modulation_width)
+        self.time_conditioner = TimeConditioner(modulation_width)
         self.net = VelocityNet(spec.dim, config.width, config.num_blocks)
 
     def embed(self, token_BL: Tensor) -> Tensor:
@@ -269,9 +278,9 @@ class FlowHead(SpeechHead):
             fed_back_BL = target_BL + self.config.feedback_noise * std_B11 * noise_like(token_BL)
         return fed_back_BL, target_BL
 
-    def velocity(self, condition_NW: Tensor) -> Velocity:
-        """The velocity `v(x_ND, s_N1, t_N1)` under a condition of the conditioner (N rows, or one for all)."""
-        return lambda x_ND, s_N1, t_N1: self.net(x_ND, self.net.modulate(condition_NW, s_N1, t_N1))
+    def velocity(self, condition_NA: Tensor) -> Velocity:
+        """The velocity `v(x_ND, s_N1, t_N1)` under a condition from the conditioner (N rows, or one for all)."""
+        return lambda x_ND, s_N1, t_N1: self.net(x_ND, condition_NA + self.time_conditioner(s_N1, t_N1))
 
     def default_sampling(self) -> FlowSampling:
         """16 Euler steps for "cfm", one jump of the flow map for "lsd"."""
@@ -292,8 +301,8 @@ class FlowHead(SpeechHead):
         """
         generator = generator or torch.default_generator
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            condition_NW = self.conditioner(hidden_NH.float(), self._drop_rows(row_N, generator))
-            return self._draw_losses(condition_NW, target_N.float(), generator)
+            condition_NA = self.conditioner(hidden_NH.float(), self._drop_rows(row_N, generator))
+            return self._draw_losses(condition_NA, target_N.float(), generator)
 
     def _drop_rows(self, row_N: Tensor, generator: torch.Generator) -> Tensor | None:
         if not self.training or self.config.condition_dropout == 0:
@@ -302,17 +311,17 @@ class FlowHead(SpeechHead):
         uniform = torch.rand(num_rows, generator=generator, device=generator.device).to(row_N.device)
         return (uniform < self.config.condition_dropout)[row_N]
 
-    def _draw_losses(self, condition_NW: Tensor, target_ND: Tensor, generator: torch.Generator) -> HeadLoss:
+    def _draw_losses(self, condition_NA: Tensor, target_ND: Tensor, generator: torch.Generator) -> HeadLoss:
         config, device, num_positions = self.config, target_ND.device, len(target_ND)
         num_rows = num_positions * config.num_draws
         num_distilled = round(num_rows * config.distill_fraction) if config.objective == "lsd" else 0
         # Shuffled before it is repeated, so that a share which is no whole number of draws falls on any position.
         shuffled_N = torch.randperm(num_positions, generator=generator, device=generator.device).to(device)
-        condition_RW = condition_NW[shuffled_N].repeat(config.num_draws, 1)
+        condition_RA = condition_NA[shuffled_N].repeat(config.num_draws, 1)
         target_RD = target_ND[shuffled_N].repeat(config.num_draws, 1)
         noise_RD = draw_noise(num_rows, self.dim, generator, device)
         sizes = [num_rows - num_distilled, num_distilled]
-        condition, distill_condition = condition_RW.split(sizes)
+        condition, distill_condition = condition_RA.split(sizes)
         target, distill_target = target_RD.split(sizes)
         noise, distill_noise = noise_RD.split(sizes)
 
@@ -345,13 +354,13 @@ class FlowHead(SpeechHead):
         with torch.autocast(hidden_BH.device.type, enabled=False):
             noise_BD = draw_noise(len(hidden_BH), self.dim, generator, hidden_BH.device)
             noise_BD = noise_BD * math.sqrt(sampling.temperature)
-            condition_BW = self.conditioner(hidden_BH.float())
+            condition_BA = self.conditioner(hidden_BH.float())
             if sampling.solver in GRID_SOLVERS:
-                return self._sample_on_grid(condition_BW, noise_BD, sampling)
+                return self._sample_on_grid(condition_BA, noise_BD, sampling)
             if sampling.solver == "dopri5":  # its steps depend on all rows it sees: one at a time
-                rows = zip(condition_BW.split(1), noise_BD.split(1), strict=True)
+                rows = zip(condition_BA.split(1), noise_BD.split(1), strict=True)
                 return torch.cat([self._sample_ode(condition, noise, sampling) for condition, noise in rows])
-            return self._sample_ode(condition_BW, noise_BD, sampling)
+            return self._sample_ode(condition_BA, noise_BD, sampling)
 
     def _check_sampling(self, sampling: FlowSampling) -> None:
         if sampling.solver == "map" and self.config.objective != "lsd":
@@ -365,25 +374,25 @@ class FlowHead(SpeechHead):
                 "without its condition; use guidance 1"
             )
 
-    def _sample_ode(self, condition_BW: Tensor, noise_BD: Tensor, sampling: FlowSampling) -> Tensor:
-        velocity = self._guided(self.velocity, condition_BW, sampling.guidance)
+    def _sample_ode(self, condition_BA: Tensor, noise_BD: Tensor, sampling: FlowSampling) -> Tensor:
+        velocity = self._guided(self.velocity, condition_BA, sampling.guidance)
         return solve_ode(velocity, noise_BD, sampling.solver, sampling.num_steps)
 
-    def _sample_on_grid(self, condition_BW: Tensor, noise_BD: Tensor, sampling: FlowSampling) -> Tensor:
-        """The fused path: the modulation of all steps in one product, equal to `flow.solve` of `velocity`."""
+    def _sample_on_grid(self, condition_BA: Tensor, noise_BD: Tensor, sampling: FlowSampling) -> Tensor:
+        """The fused path: the modulation by time of all steps in one product, equal to `flow.solve` of `velocity`."""
         s_K, t_K = grid_times(sampling.solver, sampling.num_steps, noise_BD)
+        time_K1A = self.time_conditioner(s_K[:, None, None], t_K[:, None, None])
 
-        def velocity_at(condition_BW: Tensor) -> Callable[[Tensor, int], Tensor]:
-            modulation_KBA = self.net.modulate(condition_BW, s_K[:, None, None], t_K[:, None, None])
-            return lambda x_BD, k: self.net(x_BD, modulation_KBA[k])
+        def velocity_at(condition_BA: Tensor) -> Callable[[Tensor, int], Tensor]:
+            return lambda x_BD, k: self.net(x_BD, condition_BA + time_K1A[k])
 
-        velocity = self._guided(velocity_at, condition_BW, sampling.guidance)
+        velocity = self._guided(velocity_at, condition_BA, sampling.guidance)
         return solve_grid(velocity, noise_BD, sampling.num_steps)
 
-    def _guided(self, build: Callable[[Tensor], AnyVelocity], condition_BW: Tensor, scale: float) -> Any:
+    def _guided(self, build: Callable[[Tensor], AnyVelocity], condition_BA: Tensor, scale: float) -> Any:
         if scale == 1.0:
-            return build(condition_BW)
-        return guide(build(condition_BW), build(self.conditioner.null_W.to(condition_BW.dtype)[None]), scale)
+            return build(condition_BA)
+        return guide(build(condition_BA), build(self.conditioner.null()), scale)
 
 
 def _parts_by_time(loss_R: Tensor, t_R1: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

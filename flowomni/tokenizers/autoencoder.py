@@ -3,7 +3,8 @@
     wave -> log-mel -> patches of r frames -> causal encoder -> bottleneck -> standardised latent
     wave <- vocoder <- mel frames          <- causal decoder <---------------+
 
-Shapes: B batch, S samples, F mel frames, C channels or mel bins, L speech tokens, D latent dimension, r frames per token.
+Shapes: B batch, S samples, F mel frames, C channels or mel bins, L speech tokens, D latent dimension,
+r mel frames per token.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from vocos.modules import ConvNeXtBlock
 
-from ..strict import nearest, strict
+from ..strict import check_keys, strict
 from .base import SpeechTokenizer, TokenSpec
 from .bottlenecks import BOTTLENECKS, build_bottleneck
 from .causal import causal_stack, init_pasts
@@ -96,19 +97,14 @@ class MelTokenizerConfig(PreTrainedConfig):
     model_type = "flowomni_mel_tokenizer"
 
     def __init__(self, mel: Any = None, autoencoder: Any = None, vocoder: Any = None, **kwargs: Any):
-        # The base class takes any keyword for an attribute, so that a misspelt section would go unnoticed.
-        for key in kwargs:
-            if not key.startswith("_") and not hasattr(PreTrainedConfig, key) and key not in _BASE_KEYS:
-                raise ValueError(
-                    f"speech_tokenizer.{key}: unknown key{nearest(key, ['mel', 'autoencoder', 'vocoder'])}"
-                )
+        check_keys(MelTokenizerConfig, kwargs, "speech_tokenizer.")
         mel_config = strict(MelConfig, mel, "mel")
         autoencoder_config = strict(AutoencoderConfig, autoencoder, "autoencoder")
         patch_dim = autoencoder_config.frames_per_token * mel_config.num_mels
         if autoencoder_config.plain and autoencoder_config.latent_dim != patch_dim:
             raise ValueError(
-                f"autoencoder.latent_dim is {autoencoder_config.latent_dim}, but without layers and bottleneck a token is "
-                f"autoencoder.frames_per_token * mel.num_mels = {autoencoder_config.frames_per_token} * "
+                f"autoencoder.latent_dim is {autoencoder_config.latent_dim}, but without layers and bottleneck a token "
+                f"is autoencoder.frames_per_token * mel.num_mels = {autoencoder_config.frames_per_token} * "
                 f"{mel_config.num_mels} = {patch_dim} numbers: set latent_dim to {patch_dim}, or give it layers"
             )
         self.mel = dataclasses.asdict(mel_config)
@@ -129,9 +125,6 @@ class MelTokenizerConfig(PreTrainedConfig):
             samples_per_token=self.autoencoder["frames_per_token"] * mel["hop_length"],
             lookahead_samples=lookahead_frames * mel["hop_length"] + mel["n_fft"] // 2,
         )
-
-
-_BASE_KEYS = {"torch_dtype", "name_or_path", "attn_implementation", "model_type"}
 
 
 def _blocks(num_layers: int, dim: int, intermediate_dim: int) -> nn.ModuleList:
@@ -257,7 +250,7 @@ class MelTokenizer(SpeechTokenizer):
     # wave and mel to latents
 
     def mel(self, wav_BS: Tensor, lengths_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Standardised log-mel of whole tokens, (B, L * r, C), and mask_BL. Samples beyond a row's length count as zero."""
+        """Standardised log-mel of whole tokens, (B, L * r, C), and mask_BL. Samples beyond a row's length are zero."""
         num_samples = wav_BS.shape[1]
         if lengths_B is None:
             lengths_B = torch.full((wav_BS.shape[0],), num_samples, device=wav_BS.device)

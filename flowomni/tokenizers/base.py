@@ -55,15 +55,18 @@ class TokenSpec:
 class SpeechTokenizer(PreTrainedModel):
     """The contract of a tokenizer; a subclass fills in every method below.
 
-    Laws: `decode` is the concatenation of `step` over any chunks and `flush`, sample for sample; a row of a batch equals
-    that row alone; no sample of token l depends on tokens beyond `spec.lookahead_samples`; state is a value, so that
-    many streams can share one tokenizer and a state can be copied or saved.
+    Laws: `decode` is the concatenation of `step` over any chunks and `flush`, sample for sample; a row of a batch
+    equals that row alone; no sample of token l depends on tokens beyond `spec.lookahead_samples`; state is a value, so
+    that many streams can share one tokenizer and a state can be copied or saved.
+
+    Its config class has a property `token_spec`, so that a head and a tokenizer that do not fit are refused when the
+    configuration is read.
     """
 
     @property
     def spec(self) -> TokenSpec:
         """Rates, sizes and look-ahead of this tokenizer's tokens."""
-        raise NotImplementedError
+        return self.config.token_spec
 
     def encode(self, wav_BS: Tensor, lengths_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Wave to tokens.

@@ -21,8 +21,8 @@ class SigmaVae(nn.Module):
     """Gaussian noise whose scale is drawn anew for each row, as in VibeVoice (arXiv 2508.19205).
 
     The scale is |N(0, sigma)|, so that the decoder meets clean and noisy latents. The penalty is the part of the KL
-    divergence from a standard normal which concerns the mean, mean(latent^2) / 2: it bounds the latents, which else would
-    outgrow the noise.
+    divergence from a standard normal which concerns the mean, mean(latent^2) / 2: it bounds the latents, which else
+    would outgrow the noise.
     """
 
     def __init__(self, sigma: float):

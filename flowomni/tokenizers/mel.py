@@ -45,8 +45,8 @@ class MelConfig:
             raise ValueError(f"floor is {self.floor}; it must be above 0")
 
 
-# Not a submodule: its buffers are constants of the config, which a checkpoint need not carry, a half-precision cast must
-# not touch, and which cannot be built on the meta device that `from_pretrained` builds on.
+# Not a submodule: its buffers are constants of the config, which a checkpoint need not carry, a half-precision cast
+# must not touch, and which cannot be built on the meta device that `from_pretrained` builds on.
 @lru_cache(maxsize=8)
 def _vocos_features(config: MelConfig, device: torch.device) -> MelSpectrogramFeatures:
     with torch.device("cpu"):

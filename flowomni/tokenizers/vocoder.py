@@ -1,7 +1,7 @@
 """A causal Vocos: standardised log-mel frames to a wave, frame by frame, with a declared look-ahead.
 
-The layers are vocos' own (`VocosBackbone`, `ISTFTHead`) under vocos' parameter names, so that its checkpoints load; only
-the padding of the convolutions differs. Frames are centred: frame i stands at sample i * hop_length.
+The layers are vocos' own (`VocosBackbone`, `ISTFTHead`) under vocos' parameter names, so that its checkpoints load;
+only the padding of the convolutions differs. Frames are centred: frame i stands at sample i * hop_length.
 
 Shapes: B batch, F mel frames, C mel bins (or channels), S samples, N frequency bins.
 """

@@ -22,7 +22,7 @@ HELD_OUT_PERCENT = 2
 
 
 def held_out(name: str) -> bool:
-    """Whether a file belongs to the evaluation: a property of its name, the same in every run and for every corpus size."""
+    """Whether a file belongs to the evaluation: a property of its name, so the same in every run and corpus size."""
     return _hash(name) % 100 < HELD_OUT_PERCENT
 
 

@@ -15,7 +15,7 @@ __all__ = ["Loss", "Stage", "rng_for"]
 
 
 def rng_for(*keys: int) -> np.random.Generator:
-    """A generator that depends on nothing but `keys` (seed, batch index, rank, ...)."""
+    """A generator that depends on nothing but `keys` (seed, step, place of a batch, ...)."""
     return np.random.default_rng(np.random.SeedSequence([k & 0xFFFFFFFF for k in keys]))
 
 
@@ -36,7 +36,10 @@ class Stage(ABC):
 
     @abstractmethod
     def batch(self, index: int, rank: int, world_size: int) -> Any:
-        """Micro-batch `index` of process `rank`: a pure function of (seed, index, rank), which makes resuming exact."""
+        """Micro-batch `index` of process `rank`: a pure function of the seed and of index * world_size + rank.
+
+        That makes resuming exact, and several processes see what one sees in turn.
+        """
 
     @abstractmethod
     def counts(self, batch: Any) -> dict[str, float]:

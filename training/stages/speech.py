@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from flowomni.api import FlowOmni, Question
 from flowomni.audio import read_audio
@@ -78,6 +79,8 @@ class SpeechOptions:
         batch_size: conversations per micro-batch.
         max_example_sec: longer conversations are left out (counted and printed).
         mask_time_frames, mask_mel_bins: largest masked span of the heard features in training (SpecAugment).
+        attention: implementation of attention in training; "eager" is faster on CPUs for short sequences (flash attention's
+            backward pass costs more there than the score matrix), "sdpa" elsewhere.
         num_eval: held-out conversations that are answered aloud at each evaluation.
     """
 
@@ -92,6 +95,7 @@ class SpeechOptions:
     max_example_sec: float = 30.0
     mask_time_frames: int = 20
     mask_mel_bins: int = 12
+    attention: Literal["sdpa", "eager"] = "sdpa"
     num_eval: int = 24
 
     def __post_init__(self) -> None:
@@ -112,6 +116,9 @@ class SpeechStage(Stage):
     def __init__(self, options: SpeechOptions, seed: int):
         self.options, self.seed = options, seed
         self.model, self.processor = self._build()
+        for part in self.model.modules():
+            if isinstance(part, PreTrainedModel) and part is not self.model:
+                part.set_attn_implementation(options.attention)
         self.module = self.model
         self.tuner = set_trainable(self.model, options.trains, options.lora)
         loss = self.model.loss_config
@@ -119,6 +126,7 @@ class SpeechStage(Stage):
         self.weights["ctc"] = loss.ctc_weight
         self.train = self._fitting(read_manifest(options.manifest, "train"))
         self.valid = read_manifest(options.manifest, "valid") if options.num_eval else []
+        self.words = sorted({word for c in self.train for word in c.answer.text.split()})
         names = list(options.tasks)
         shares = np.array([options.tasks[n] for n in names], dtype=float)
         self.task_names, self.task_shares = names, shares / shares.sum()
@@ -147,7 +155,7 @@ class SpeechStage(Stage):
         place = index * world_size + rank
         per_epoch = max(1, len(self.train) // self.options.batch_size)
         epoch, position = divmod(place, per_epoch)
-        rng = rng_for(self.seed, index, rank, 3)
+        rng = rng_for(self.seed, place, 3)
         return collate([self._example(self.train[i], task, rng) for i, task in self._plan(epoch)[position]])
 
     def _plan(self, epoch: int) -> list[list[tuple[int, str]]]:
@@ -272,7 +280,7 @@ class SpeechStage(Stage):
         values = {"accuracy": sum(a.text == w for a, w in zip(answers, wanted, strict=True)) / len(items)}
         if not speaks:
             return values
-        recognised = hear([a.wav_S for a in answers], omni.sample_rate_hz, sorted(set(" ".join(wanted).split())))
+        recognised = hear([a.wav_S for a in answers], omni.sample_rate_hz, self.words)
         values["wer_own_text"] = word_error_rate([a.text or "-" for a in answers], recognised).rate
         values["wer_right_answer"] = word_error_rate(wanted, recognised).rate
         lines = [f"{'wanted':40} | {'text':40} | recognised"]

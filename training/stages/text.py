@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class TextOptions:
         instructions: system text per task, see LayoutConfig.
         batch_size: conversations per micro-batch.
         speak_share: share of examples that repeat a given text, the text side of reading aloud.
+        attention: "eager" is faster on CPUs for short sequences, "sdpa" elsewhere.
         num_eval: held-out questions at each evaluation.
     """
 
@@ -43,6 +44,7 @@ class TextOptions:
     instructions: dict[str, str] = field(default_factory=lambda: LayoutConfig().instructions)
     batch_size: int = 256
     speak_share: float = 0.15
+    attention: Literal["sdpa", "eager"] = "sdpa"
     num_eval: int = 1000
 
 
@@ -91,7 +93,7 @@ class TextStage(Stage):
             bos_token_id=None,
             pad_token_id=self.text_tokenizer.pad_token_id,
         )
-        self.module = _TextModel(AutoModelForCausalLM.from_config(config))
+        self.module = _TextModel(AutoModelForCausalLM.from_config(config, attn_implementation=options.attention))
         self.layout = TurnLayout(layout, self.text_tokenizer, eos, 1, torch.zeros(1))
 
     def _example(self, rng: random.Random, split: str) -> tuple[str, Streams]:
@@ -105,7 +107,7 @@ class TextStage(Stage):
         return pair.family, self.layout.example(turns)
 
     def batch(self, index: int, rank: int, world_size: int) -> Streams:
-        rng = random.Random(int(rng_for(self.seed, index, rank).integers(2**62)))
+        rng = random.Random(int(rng_for(self.seed, index * world_size + rank).integers(2**62)))
         return collate([self._example(rng, "train")[1] for _ in range(self.options.batch_size)])
 
     def counts(self, batch: Streams) -> dict[str, float]:
@@ -120,7 +122,8 @@ class TextStage(Stage):
         right: dict[str, list[bool]] = {}
         for start in range(0, len(rows), 256):
             part = rows[start : start + 256]
-            correct_N, row_N = self.module.correct(collate([streams for _, streams in part]))
+            batch = collate([streams for _, streams in part]).to(self.module.llm.device)
+            correct_N, row_N = self.module.correct(batch)
             for index, (family, _) in enumerate(part):
                 # greedy decoding gives the whole answer exactly where every teacher-forced choice is right
                 right.setdefault(family, []).append(bool(correct_N[row_N == index].all()))

@@ -1,0 +1,267 @@
+"""`python -m training.train --config FILE --plan`: parameters, and memory per GPU, before anything is allocated.
+
+Shapes: B batch, L positions, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from flowomni.modeling import FlowOmniModel
+from flowomni.tokenizers import MelTokenizer
+
+from .outline import Sizes, outline
+from .stages.speech import TASKS, SpeechOptions
+from .stages.text import TextOptions
+from .stages.tokenizer import TokenizerTraining
+from .stages.vocoder import STFT_SIZES, VocoderTraining
+from .train import RunOptions
+
+ENCODER_FRAMES_PER_SEC = 50
+TEXT_TOKENS_PER_SEC = 4  # three words a second, four tokens for three words
+TEMPLATE_TOKENS = 64  # chat template and instruction
+TALK_TOKENS = 64  # longest conversation of stage `text`
+LOGIT_BYTES = 14  # half precision, float32, its log-softmax, and the gradient of one
+STFT_BYTES_PER_SAMPLE = 200  # what the spectral losses keep, per sample and STFT size
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the model.
+
+    Attributes:
+        name: as printed.
+        num_parameters, num_trainable: tied ones are counted once.
+        activation_bytes: what a backward pass needs of it, for the longest micro-batch.
+    """
+
+    name: str
+    num_parameters: int
+    num_trainable: int
+    activation_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage needs. Memory is per GPU, in bytes; every GPU holds the whole model.
+
+    The loop keeps float32 weights and averages (EMA), so with P parameters of which T train:
+
+        weights 4 P,  gradients 4 T,  Adam's two moments 8 T,  averages 4 T,
+        half-precision copies of the weights that autocast keeps until the backward pass: 2 bytes for each parameter of a
+        part that gradients flow through,
+        activations: see `activations`, for the longest micro-batch that the options allow.
+
+    Accumulation costs nothing. Several processes add 4 T, the buckets through which gradients are exchanged. Not counted:
+    the CUDA context (about 0.5 GiB), fragmentation (some 10 %), and the model's second half while it is saved.
+
+    Attributes:
+        module: the outlined module, on the meta device.
+        parts: in the order of the data's way through them.
+        longest: the micro-batch that the activations are of, in words.
+        half_bytes: see above; 0 without mixed precision.
+        sources: checkpoints whose sizes were found elsewhere, and where.
+    """
+
+    module: nn.Module
+    parts: list[Part]
+    longest: str
+    half_bytes: int = 0
+    sources: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(part.num_parameters for part in self.parts)
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(part.num_trainable for part in self.parts)
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes by purpose."""
+        trained = self.num_trainable
+        return {
+            "weights": 4 * self.num_parameters,
+            "gradients": 4 * trained,
+            "Adam states": 8 * trained,
+            "averages (EMA)": 4 * trained,
+            "half-precision copies": self.half_bytes,
+            "activations (estimate)": sum(part.activation_bytes for part in self.parts),
+        }
+
+
+def activations(module: nn.Module | Iterable[nn.Module], num_positions: float, num_bytes: int, row: int = 0) -> int:
+    """Estimated bytes that the backward pass through `module` keeps, gradients flowing through all of it.
+
+        positions * sum over linear layers and convolutions of (c * inputs if it trains + c * outputs)
+                  + sum over norms of 8 * width
+                  + sum over attentions of 8 * heads * row
+
+    A layer that trains keeps its input, and what follows it (attention, activation function, product) keeps its output. A
+    norm keeps its input and its normalised input in float32. `row` is for attention that makes the score matrix ("eager"):
+    scores and probabilities; others recompute it.
+
+    Args:
+        module: one module, or several.
+        num_positions: rows of a linear layer's input: B * L.
+        num_bytes: c, 2 with mixed precision and 4 without.
+        row: L, with eager attention, else 0.
+    """
+    total = 0
+    for part in [module] if isinstance(module, nn.Module) else module:
+        for layer in part.modules():
+            kind = type(layer).__name__
+            if isinstance(layer, nn.Linear):
+                total += num_bytes * (layer.weight.requires_grad * layer.in_features + layer.out_features)
+            elif isinstance(layer, nn.Conv1d):
+                total += num_bytes * (layer.weight.requires_grad * layer.in_channels + layer.out_channels)
+            elif kind.endswith("Norm") and getattr(layer, "weight", None) is not None:
+                total += 8 * layer.weight.numel()
+            elif kind.endswith("Attention") and row:
+                total += 8 * layer.config.num_attention_heads * row
+    return math.ceil(total * num_positions)
+
+
+def plan(run: RunOptions, options: Any, sizes: Sizes | None = None) -> Plan:
+    """Parameters and memory of the stage with these options.
+
+    Raises:
+        ValueError: the options do not fit together, or a checkpoint's size is nowhere to be found.
+    """
+    sizes = sizes or Sizes()
+    module = outline(options, sizes)
+    num_bytes = 4 if run.mixed_precision == "no" else 2
+    if isinstance(module, FlowOmniModel):
+        parts, flowing, longest = _speech(module, options, num_bytes)
+    elif isinstance(options, TextOptions):
+        parts, flowing, longest = _text(module, options, num_bytes)
+    else:
+        assert isinstance(module, VocoderTraining | TokenizerTraining)
+        parts, flowing, longest = _tokenizer(module, num_bytes)
+    result = Plan(module, parts, longest, 0 if num_bytes == 4 else 2 * flowing, sizes.sources)
+    assert result.num_parameters == sum(p.numel() for p in module.parameters()), "a parameter belongs to no part, or to two"
+    return result
+
+
+def _part(name: str, modules: Iterable[nn.Module | None], activation_bytes: int = 0) -> Part:
+    parameters = {id(p): p for module in modules if module is not None for p in module.parameters()}.values()
+    num_trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    return Part(name, sum(p.numel() for p in parameters), num_trainable, activation_bytes)
+
+
+def _speech(model: FlowOmniModel, options: SpeechOptions, num_bytes: int) -> tuple[list[Part], int, str]:
+    """Parts of a FlowOmni model. The longest row is `max_example_sec` of audio: all heard, or all spoken."""
+    config, spec = model.config, model.speech_tokenizer.spec
+    wanted = [TASKS[name] for name, share in options.tasks.items() if share]
+    ears = [model.encoder, model.projector] if config.encoder is not None else []
+    heard_sec = 0.0
+    if ears and any(user == "audio" for user, _, _ in wanted):
+        heard_sec = min(options.max_example_sec, config.encoder.max_source_positions / ENCODER_FRAMES_PER_SEC)
+    spoken_sec = options.max_example_sec if any(answer == "speech" for _, answer, _ in wanted) else 0.0
+    num_frames = heard_sec * ENCODER_FRAMES_PER_SEC
+    num_heard, num_spoken = num_frames / config.encoder_stack, spoken_sec * spec.tokens_per_sec
+    num_text = options.max_example_sec * TEXT_TOKENS_PER_SEC
+    length = math.ceil(TEMPLATE_TOKENS + num_text + max(num_heard, num_spoken))
+    rows, eager = options.batch_size, options.attention == "eager"
+
+    def kept(module: nn.Module | None, row: float, bytes_each: int = num_bytes) -> int:
+        return 0 if module is None else activations(module, rows * row, bytes_each, math.ceil(row) if eager else 0)
+
+    hears = bool(ears) and _trains(model.encoder)
+    upstream = [*ears, model.head, model.state_embedding, model.llm]
+    flows = any(_trains(module) for module in upstream)
+    body = model.llm.base_model
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ctc = getattr(model, "ctc", None)
+    draws = getattr(model.head.config, "num_draws", 1)
+    parts = [
+        _part("encoder", ears[:1], kept(ears[0], num_frames) if hears else 0),
+        _part("projector", ears[1:], kept(ears[1], num_heard) if ears else 0),
+        _part("ctc", [ctc], rows * math.ceil(num_heard) * vocabulary * LOGIT_BYTES if ctc is not None else 0),
+        _part("llm", [model.llm], kept(body, length) * flows + int(rows * num_text * vocabulary * LOGIT_BYTES)),
+        _part("output blocks", [model.output_blocks], kept(model.output_blocks, length) if spoken_sec else 0),
+        _part("state embedding", [model.state_embedding]),
+        _part("state head", [model.state_head], kept(model.state_head, num_spoken)),
+        _part("head", [model.head], kept(model.head, num_spoken * draws, 4)),  # in float32 always
+        *_tokenizer_parts(model.speech_tokenizer),
+    ]
+    flowing = [p.num_parameters for p in parts[:-2] if not (p.name == "encoder" and not hears)]
+    longest = f"{rows} conversations of {options.max_example_sec:g} s, {length} positions each"
+    return parts, sum(flowing), longest
+
+
+def _text(module: nn.Module, options: TextOptions, num_bytes: int) -> tuple[list[Part], int, str]:
+    llm: Any = module.llm
+    num_positions = options.batch_size * TALK_TOKENS
+    kept = activations(llm.base_model, num_positions, num_bytes, TALK_TOKENS if options.attention == "eager" else 0)
+    logits = num_positions * llm.get_input_embeddings().weight.shape[0] * LOGIT_BYTES
+    part = _part("llm", [llm], kept + logits)
+    return [part], part.num_parameters, f"{options.batch_size} conversations of {TALK_TOKENS} positions"
+
+
+def _tokenizer(module: VocoderTraining | TokenizerTraining, num_bytes: int) -> tuple[list[Part], int, str]:
+    """Crops through the vocoder and the spectral losses, or through encoder and decoder."""
+    tokenizer, options = module.tokenizer, module.options
+    autoencoder, vocoder = _tokenizer_parts(tokenizer)
+    if isinstance(module, VocoderTraining):
+        num_frames = module.options.batch_size * module.options.crop_frames
+        num_samples = num_frames * tokenizer.front.config.hop_length
+        kept = activations(tokenizer.vocoder, num_frames, num_bytes)
+        kept += num_samples * STFT_BYTES_PER_SAMPLE * len(STFT_SIZES)
+        parts = [autoencoder, Part("speech tokenizer: vocoder", *_counts(vocoder), kept)]
+        return parts, vocoder.num_parameters, f"{options.batch_size} crops of {module.options.crop_frames} mel frames"
+    num_tokens, per_token = module.options.batch_size * module.options.crop_tokens, tokenizer.frames_per_token
+    assert tokenizer.encoder is not None and tokenizer.decoder is not None
+    kept = activations([tokenizer.encoder, tokenizer.decoder], num_tokens, num_bytes)
+    kept += activations(tokenizer.decoder.frame_blocks, num_tokens * (per_token - 1), num_bytes)
+    parts = [Part("speech tokenizer: autoencoder", *_counts(autoencoder), kept), vocoder]
+    return parts, autoencoder.num_parameters, f"{options.batch_size} crops of {module.options.crop_tokens} speech tokens"
+
+
+def _tokenizer_parts(tokenizer: Any) -> list[Part]:
+    """A mel tokenizer's autoencoder and vocoder; any other tokenizer whole, in the first place."""
+    if not isinstance(tokenizer, MelTokenizer):
+        return [_part("speech tokenizer", [tokenizer]), _part("speech tokenizer: vocoder", [])]
+    return [
+        _part("speech tokenizer: autoencoder", [tokenizer.encoder, tokenizer.decoder, tokenizer.bottleneck]),
+        _part("speech tokenizer: vocoder", [tokenizer.vocoder]),
+    ]
+
+
+def _counts(part: Part) -> tuple[int, int]:
+    return part.num_parameters, part.num_trainable
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def print_plan(run: RunOptions, options: Any, sizes: Sizes | None = None) -> None:
+    """Print `plan` as tables.
+
+    Raises:
+        ValueError: as `plan`.
+    """
+    found = plan(run, options, sizes)
+    print(f"stage {run.stage}, {run.output_dir}: {run.max_steps:,} steps\n")
+    width = max(30, *(len(part.name) for part in found.parts))
+    print(f"{'parameters':{width}} {'all':>15} {'trained':>15}")
+    rows = [part for part in found.parts if part.num_parameters or "autoencoder" in part.name]
+    for part in [*rows, Part("total", found.num_parameters, found.num_trainable)]:
+        print(f"{part.name:{width}} {part.num_parameters:>15,} {part.num_trainable:>15,}")
+    print(f"\n{'memory per GPU':{width}} {'GiB':>15}")
+    for name, size in [*found.memory.items(), ("total", sum(found.memory.values()))]:
+        print(f"{name:{width}} {size / GIB:>15.2f}")
+    print(f"{'with several GPUs, besides':{width}} {4 * found.num_trainable / GIB:>15.2f}")
+    print(f"\nlongest micro-batch: {found.longest}; precision {run.mixed_precision}")
+    rows_per_step = run.accumulation * options.batch_size
+    print(f"one optimizer step: {run.accumulation} micro-batches of {options.batch_size} = {rows_per_step} on each GPU")
+    for name, source in found.sources.items():
+        print(f"sizes of {name}: {source}")
