@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -196,12 +196,15 @@ class FlowOmni:
         seed: int = 0,
         sampling: dict[str, Any] | None = None,
         stop_threshold: float = 0.5,
-    ) -> Iterator[Event]:
-        """Answer one question step by step; the concatenated events equal `answer`."""
+    ) -> Generator[Event, None, Answer]:
+        """Answer one question step by step; the concatenated events equal `answer`, which the generator returns."""
         options = self._options(speak, sampling, stop_threshold)
-        prompt = self._prompt(question, self._hear(question))
-        for step in self._generate([prompt], options, seed):
+        heard, growing = self._hear(question), _Growing()
+        began = time.perf_counter()
+        for step in self._generate([self._prompt(question, heard)], options, seed):
+            _collect([growing], step, time.perf_counter() - began)
             yield Event(step.texts[0], step.wavs[0].float().numpy(), _name(step.states[0]))
+        return self._finish([growing], [heard], time.perf_counter() - began)[0]
 
     def _generate(self, prompts: Sequence[Streams], options: GenerationOptions, seed: int) -> Iterator[Step]:
         generators = [torch.Generator().manual_seed(seed) for _ in prompts]

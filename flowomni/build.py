@@ -8,7 +8,8 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, WhisperConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, WhisperConfig
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from .configuration import FlowOmniConfig
 from .encoder import SpeechEncoder
@@ -124,7 +125,7 @@ def _check_report(folder: Path, report: dict[str, Any]) -> None:
         keys = sorted(report[kind])
         if keys:
             shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-            raise ValueError(f"{folder}: the checkpoint {what} tensors: {shown}. Is it the whole one of this config.json?")
+            raise ValueError(f"{folder}: the checkpoint {what} tensors: {shown}. Is it this config.json's?")
 
 
 def save_model(model: FlowOmniModel, processor: FlowOmniProcessor, folder: str | Path, half: bool = False) -> None:
@@ -141,7 +142,11 @@ def save_model(model: FlowOmniModel, processor: FlowOmniProcessor, folder: str |
 def load_text_tokenizer(path: str) -> Any:
     """The text tokenizer of a folder or Hub id; a missing one is a ValueError."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        declared = get_tokenizer_config(path).get("tokenizer_class")
+        # AutoTokenizer would rebuild a tokenizer of one's own as that of the model's family beside it (Qwen2's
+        # pre-tokenizer and decoder around our vocabulary): one that says it is generic is what its file holds
+        generic = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
+        tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: no text tokenizer there ({_reason(error)})") from None
     if not tokenizer.encode("a", add_special_tokens=False):  # transformers makes an empty one where the file is missing

@@ -40,6 +40,8 @@ class GenerationOptions:
             raise ValueError(f"text_temperature is {self.text_temperature}; it must not be negative")
         if not 0 < self.stop_threshold < 1:
             raise ValueError(f"stop_threshold is {self.stop_threshold}; it must lie between 0 and 1")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps is {self.max_steps}; it must be at least 1, or None for the layout's limit")
 
 
 @dataclass(frozen=True)
@@ -107,19 +109,18 @@ def generate(
     loop = _prefill(model, collate(list(prompts)).to(model.device), options.speak)
     for step in range(max_steps):
         texts = _next_text(model, processor, loop, options.text_temperature, generators)
-        was_speaking = [row.state == SpeechState.GENERATING for row in loop.rows]
         states = _next_states(model, layout, loop, step, options.stop_threshold) if options.speak else None
         token_BX = None
         loop.wavs = [torch.zeros(0)] * len(loop.rows)
-        if states is not None and SpeechState.GENERATING in states:
-            token_BX = _draw(model, loop, states, sampling, generators)
-            _speak(model, loop, token_BX, states)
-        if states is not None:
-            _finish_speech(model, loop, states, was_speaking)
         last = step == max_steps - 1
-        if last and states is not None:  # the limit cuts speech off: what is already drawn is still played
-            cut = [SpeechState.STOP if s == SpeechState.GENERATING else s for s in states]
-            _finish_speech(model, loop, cut, [s == SpeechState.GENERATING for s in states])
+        if states is not None:
+            # before the voice goes on with the other rows: what is owed follows a row's own last token
+            _finish_speech(model, loop, [state == SpeechState.STOP for state in states])
+            if SpeechState.GENERATING in states:
+                token_BX = _draw(model, loop, states, sampling, generators)
+                _speak(model, loop, token_BX, states)
+            if last:  # the limit cuts speech off: what is already drawn is still played
+                _finish_speech(model, loop, [state == SpeechState.GENERATING for state in states])
         done = [row.text_done and (row.speech_done or not options.speak) for row in loop.rows]
         yield Step(texts, list(states) if states else [None] * len(done), loop.wavs, done)
         if all(done) or last:
@@ -219,15 +220,13 @@ def _speak(model: FlowOmniModel, loop: _Loop, token_BX: Tensor, states: list[Spe
             loop.wavs[index] = wav_BS[index].cpu()
 
 
-def _finish_speech(
-    model: FlowOmniModel, loop: _Loop, states: list[SpeechState | None], was_speaking: list[bool]
-) -> None:
-    """Rows whose speech stops now get what the look-ahead held back. The state is a value: other rows go on from it."""
-    stopping = [i for i, s in enumerate(states) if s == SpeechState.STOP and was_speaking[i]]
-    if stopping and loop.voice is not None:
+def _finish_speech(model: FlowOmniModel, loop: _Loop, stopping: list[bool]) -> None:
+    """Rows that stop now get what the look-ahead held back. The state is a value: other rows go on from it."""
+    if any(stopping) and loop.voice is not None:
         rest_BS = model.speech_tokenizer.flush(loop.voice)
-        for index in stopping:
-            loop.wavs[index] = torch.cat([loop.wavs[index], rest_BS[index].cpu()])
+        for index, stops in enumerate(stopping):
+            if stops:
+                loop.wavs[index] = torch.cat([loop.wavs[index], rest_BS[index].cpu()])
 
 
 def _read(model: FlowOmniModel, processor: FlowOmniProcessor, loop: _Loop, token_BX: Tensor | None) -> None:

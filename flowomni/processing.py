@@ -39,7 +39,7 @@ class FlowOmniProcessor:
         if eos is None:
             raise ValueError("text_eos_id is not set and the text tokenizer has no eos token: set text_eos_id")
         self.text_eos_id: int = eos
-        self.heard_features = None if config.encoder is None else HeardFeatures(config.encoder.num_mel_bins)
+        self.heard_features = None if config.encoder is None else HeardFeatures.from_whisper_config(config.encoder)
         self.max_heard_sec = 0.0 if config.encoder is None else config.encoder.max_source_positions * 0.02
         layout = strict(LayoutConfig, config.layout, "layout")
         self.layout = TurnLayout(layout, text_tokenizer, eos, config.encoder_stack, spec.empty_token())

@@ -1,12 +1,10 @@
 """Ask a model: `python -m inference.talk question.wav --out answer.wav`.
 
-Spoken questions (any format, rate and number of channels that soundfile reads), a typed one (`--text`), or words to read
-aloud (`--say`). One question's text is printed while it is generated; several are answered in batches.
+Spoken questions (any format, rate and number of channels that soundfile reads), a typed one (`--text`), or words to
+read aloud (`--say`). One question's text is printed while it is generated; several are answered in batches.
 
 Errors are one line on stderr and exit status 2. Of several questions a bad file is reported and the others are still
 answered, with status 2 at the end. Ctrl-C is status 130. Every file is written whole or not at all.
-
-Shapes: S samples.
 """
 
 from __future__ import annotations
@@ -23,8 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: a bad command line is answered before
-    import numpy as np
-
     from flowomni import Answer, FlowOmni, Question
 
 BATCH_SIZE = 8
@@ -169,7 +165,7 @@ def talk(options: argparse.Namespace) -> int:
         question = _read(omni, tasks[0])
         if question is None:
             return 2
-        _answer_live(omni, question, tasks[0], settings, options.plot)
+        _keep(omni, tasks[0], answer_live(omni, question, settings), options.plot)
         return 0
 
 
@@ -201,29 +197,27 @@ def _read(omni: FlowOmni, task: Task) -> Question | None:
             f"the last {heard.cut_sec:.1f} s are cut off"
         )
     if heard.duration_sec < SHORT_SEC:
-        _report(f"warning: {task.file} is only {heard.duration_sec * 1000:.2g} ms long: nothing can be said in that time")
+        _report(f"warning: {task.file} is only {heard.duration_sec * 1000:.2g} ms long: is it the right file?")
     elif not heard.wav_S.any():
         _report(f"warning: {task.file} is silent, all its samples are zero: check the recording")
     return Question(audio=heard, task=task.kind)
 
 
-def _answer_live(omni: FlowOmni, question: Question, task: Task, settings: dict[str, Any], plot: Path | None) -> None:
-    """One question: the text is printed while it is generated, then the files are written."""
-    import numpy as np
-
-    events = []
-    printed = ""
+def answer_live(omni: FlowOmni, question: Question, settings: dict[str, Any]) -> Answer:
+    """Answer one question and print its text, on one line, while it is generated."""
+    events = omni.stream(question, **settings)
+    printed = False
     try:
-        for event in omni.stream(question, **settings):
-            text = event.text if printed else event.text.lstrip()
+        while True:
+            text = next(events).text
+            text = text if printed else text.lstrip()
             print(text, end="", flush=True)
-            printed += text
-            events.append(event)
+            printed = printed or bool(text)
+    except StopIteration as end:
+        return end.value
     finally:
         if printed:
             print(flush=True)
-    wav_S = np.concatenate([event.wav_S for event in events])
-    _keep(omni, task, wav_S, [event.state for event in events], [event.text for event in events], plot)
 
 
 def _answer_batches(omni: FlowOmni, tasks: list[Task], settings: dict[str, Any], options: argparse.Namespace) -> int:
@@ -237,7 +231,7 @@ def _answer_batches(omni: FlowOmni, tasks: list[Task], settings: dict[str, Any],
                 status = 2
             answers = omni.answers([question for _, question in asked], batch_size=BATCH_SIZE, **settings)
             for (task, _), answer in zip(asked, answers, strict=True):
-                _keep(omni, task, answer.wav_S, answer.states, answer.texts, options.plot)
+                _keep(omni, task, answer, options.plot)
                 line = json.dumps(_summary(task, answer)) if options.json else f"{task.file}: {answer.text}"
                 progress.write(line, file=sys.stdout)
                 sys.stdout.flush()
@@ -249,20 +243,15 @@ def _chunks(tasks: list[Task], size: int) -> Iterator[list[Task]]:
     return (tasks[start : start + size] for start in range(0, len(tasks), size))
 
 
-def _keep(
-    omni: FlowOmni, task: Task, wav_S: np.ndarray, states: list[str], texts: list[str], plot: Path | None
-) -> None:
+def _keep(omni: FlowOmni, task: Task, answer: Answer, plot: Path | None) -> None:
     """Write the voice and the picture, where they are wanted."""
-    from flowomni.audio import write_audio
-
     if task.out is not None:
         task.out.parent.mkdir(parents=True, exist_ok=True)
-        write_audio(task.out, wav_S, omni.sample_rate_hz)
+        answer.save(task.out)
     if plot is not None:
         from .plot import plot_answer
 
-        step_sec = 1 / omni.model.speech_tokenizer.spec.tokens_per_sec
-        plot_answer(plot, wav_S, omni.sample_rate_hz, states, texts, step_sec)
+        plot_answer(plot, answer, 1 / omni.model.speech_tokenizer.spec.tokens_per_sec)
 
 
 def _summary(task: Task, answer: Answer) -> dict[str, Any]:

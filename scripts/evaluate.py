@@ -26,8 +26,9 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,29 +130,33 @@ def score(
     items: Sequence[Conversation],
     answers: Sequence[Answer],
     compute_sec: Sequence[float],
-    words: Sequence[str],
-    num_workers: int,
+    listener: Callable[[Sequence[Clip]], Iterable[Heard]],
 ) -> list[Scored]:
-    """Listen to the answers and to the reference recordings. `words`: vocabulary of the word loop.
+    """Listen to the answers and, once each, to the reference recordings. `listener` hears clips in order.
 
     Raises:
         ValueError: an item has no reference recording, or it cannot be read.
     """
     references: dict[Path, Clip] = {}
     for item in items:
-        path = item.answer.audio
-        if path is None:
-            raise ValueError(f"{item.id} has no recording of its answer to compare with: add `audio` to its last turn")
+        path = reference_path(item)
         if path not in references:
             references[path] = (read_audio(path, REFERENCE_RATE_HZ).wav_S, REFERENCE_RATE_HZ)
     clips = [*references.values(), *((answer.wav_S, answer.sample_rate_hz) for answer in answers)]
-    listening = listen(clips, words, num_workers)
-    heard = list(tqdm(listening, desc="listening", unit="clip", total=len(clips)))
+    heard = list(tqdm(listener(clips), desc="listening", unit="clip", total=len(clips)))
     of_reference = dict(zip(references, heard[: len(references)], strict=True))
+    of_answers = heard[len(references) :]
     return [
-        Scored(item, answer, seconds, one, of_reference[item.answer.audio])  # type: ignore[index]  # None raised above
-        for item, answer, seconds, one in zip(items, answers, compute_sec, heard[len(references) :], strict=True)
+        Scored(item, answer, seconds, one, of_reference[reference_path(item)])
+        for item, answer, seconds, one in zip(items, answers, compute_sec, of_answers, strict=True)
     ]
+
+
+def reference_path(item: Conversation) -> Path:
+    """The recording of the right answer; ValueError if there is none."""
+    if item.answer.audio is None:
+        raise ValueError(f"{item.id} has no recording of its answer to compare with: add `audio` to its last turn")
+    return item.answer.audio
 
 
 def measure(rows: Sequence[Scored], seed: int = 0) -> dict[str, Interval]:
@@ -317,7 +322,7 @@ def evaluate(options: argparse.Namespace) -> None:
     sampling = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     omni = FlowOmni.from_pretrained(options.model, device=options.device)
     answers, seconds = answer_all(omni, items, options.batch_size, options.seed, sampling)
-    rows = score(items, answers, seconds, words, options.num_workers)
+    rows = score(items, answers, seconds, partial(listen, words=words, num_workers=options.num_workers))
     summary = summarise(rows)
     print_tables(summary)
     run = {

@@ -19,6 +19,7 @@ Shapes: S samples, K impulse-response samples.
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import io
 import json
@@ -460,7 +461,9 @@ def main(argv: list[str] | None = None) -> int:
             options.out, options.num_pairs, options.seed, fsdd, max(1, options.num_workers), options.only
         )
     except (CorpusError, ValueError, OSError) as error:
-        print(f"make_talk_corpus: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        remedy = f": free some for {options.out} (80 MB a thousand pairs), then repeat the command" if full else ""
+        print(f"make_talk_corpus: {error}{remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("make_talk_corpus: stopped; the same command goes on from here", file=sys.stderr)

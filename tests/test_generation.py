@@ -18,19 +18,32 @@ from torch import Tensor
 from flowomni.api import Event, FlowOmni, Question
 from flowomni.generation import GenerationOptions, Step, generate
 from flowomni.layouts import Turn
-from flowomni.streams import SpeechState, Streams
-from tests.tiny import tiny_model
+from flowomni.streams import NONE, SpeechState, Streams
+from tests.tiny import INSTRUCTIONS, tiny_model
 
 RATE = 16_000
 
 
 @pytest.fixture(scope="module")
 def omni() -> FlowOmni:
-    """A model whose random heads say several words and stop after different times."""
-    model, processor = tiny_model(seed=1)
+    """A model whose random weights say several words and stop after different times."""
+    model, processor = tiny_model(
+        seed=7,
+        head={"kind": "flow", "width": 32, "num_blocks": 1, "objective": "lsd"},  # draws in one step: quick
+        layout={"instructions": INSTRUCTIONS, "max_answer_tokens": 16},
+    )
+    generator = torch.Generator().manual_seed(7)
+    assert model.output_blocks is not None
     with torch.no_grad():
-        model.state_head.classify.weight *= 40
-        model.llm.get_input_embeddings().weight *= 20
+        for block in (*model.llm.model.layers, *model.output_blocks.blocks.layers):
+            for parameter in block.parameters():
+                if parameter.ndim > 1:
+                    parameter *= 4  # far from the identity, or every answer would repeat its prompt
+        model.llm.lm_head = torch.nn.Linear(32, len(processor.text_tokenizer), bias=False)
+        model.llm.lm_head.weight.normal_(generator=generator)
+        model.llm.lm_head.weight[:50] = 0  # no special tokens, few letters
+        model.llm.lm_head.weight[processor.text_eos_id].normal_(std=2.0, generator=generator)
+        model.state_head.classify.weight *= 14
     return FlowOmni(model, processor)
 
 
@@ -251,34 +264,33 @@ def test_a_text_answer_is_that_of_the_plain_language_model(omni: FlowOmni, text:
     assert answer.text == wanted.strip() and wanted
 
 
-def test_the_model_reads_back_what_it_was_taught(omni: FlowOmni, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What generation feeds back is what a training example of the same answer holds, so that both see one model."""
-    read: list[Tensor] = []
-    drawn: list[Tensor] = []
-    embed, sample = omni.model.embed, omni.model.head.sample
+def test_generation_reads_what_training_shows(omni: FlowOmni, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is fed back step by step is, stream by stream, the training example of that answer."""
+    read: list[Streams] = []
+    embed = omni.model.embed
 
     def record(streams: Streams, heard_NH: Tensor | None = None) -> Tensor:
-        read.append(embed(streams, heard_NH))
-        return read[-1]
-
-    def record_sample(*args: Any) -> Tensor:
-        drawn.append(sample(*args))
-        return drawn[-1]
+        read.append(streams)
+        return embed(streams, heard_NH)
 
     monkeypatch.setattr(omni.model, "embed", record)
-    monkeypatch.setattr(omni.model.head, "sample", record_sample)
-    processor = omni.processor
-    asks = processor.turn("user", wav_S=wav(0.5, 0)[0])
-    run(omni, [processor.prompt([asks])], [0])
-    generated_BLH = torch.cat(read, dim=1)
-    answer = omni.answer(wav(0.5, 0))
-    assert answer.states[-1] == "stop"
-    read.clear()
-    says = Turn("assistant", answer.text, speech_LX=torch.cat(drawn[: answer.states.count("generating")]))
-    with torch.no_grad():
-        omni.model(processor.layout.example([asks, says]), torch.Generator())
-    length = min(generated_BLH.shape[1], read[0].shape[1])
-    torch.testing.assert_close(generated_BLH[:, :length], read[0][:, :length], rtol=0, atol=1e-6)
+    asks = omni.processor.turn("user", wav_S=wav(0.5, 0)[0])
+    states = joined(run(omni, [omni.processor.prompt([asks])], [0]), 0)[1]
+    assert states[-1] == SpeechState.STOP
+    text_BL, state_BL, speech_BLX = (
+        torch.cat([getattr(s, name) for s in read], dim=1) for name in ("text_BL", "state_BL", "speech_BLX")
+    )
+    generating_BL = state_BL == SpeechState.GENERATING
+    num_words = int((text_BL[:, read[0].text_BL.shape[1] :] != NONE).sum()) - 1
+    says = Turn("assistant", " one" * num_words, speech_LX=speech_BLX[generating_BL])
+    example = omni.processor.layout.example([asks, says])
+    length = text_BL.shape[1]
+    assert num_words > 2 and length >= example.text_BL.shape[1] - 1  # the last step need not be read
+    for found, wanted in ((text_BL != NONE, example.text_BL != NONE), (state_BL, example.state_BL)):
+        assert torch.equal(found, wanted[:, :length])
+    eos = omni.processor.text_eos_id
+    assert torch.equal(text_BL == eos, (example.text_BL == eos)[:, :length])
+    assert torch.equal(speech_BLX[generating_BL], example.speech_BLX[example.generating_BL])
 
 
 # -------------------------------------------------------------------------------------------------------- the calls

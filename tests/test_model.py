@@ -26,7 +26,7 @@ from flowomni.modeling import FlowOmniModel
 from flowomni.processing import FlowOmniProcessor
 from flowomni.streams import Streams, collate
 from flowomni.tokenizers import MelTokenizerConfig, TokenSpec
-from tests.tiny import ENCODER, save_tiny_parts, tiny_model
+from tests.tiny import ENCODER, WORDS, save_tiny_parts, tiny_model
 from training.text_tokenizer import build_text_tokenizer
 
 Tiny = tuple[FlowOmniModel, FlowOmniProcessor]
@@ -316,6 +316,19 @@ def test_a_saved_model_is_the_same_model(tiny: Tiny, tmp_path: Path) -> None:
     assert again.layout.config == processor.layout.config and again.text_eos_id == processor.text_eos_id
     streams, resaved = examples(processor), examples(again)
     assert all(torch.equal(a.text_BL, b.text_BL) for a, b in zip(streams, resaved, strict=True))
+
+
+def test_a_text_tokenizer_stays_what_it_was(tiny: Tiny, tmp_path: Path) -> None:
+    """One of our own beside a Qwen2 model once came back with Qwen2's pre-tokenizer: every word spelled, no spaces."""
+    made = build_text_tokenizer(WORDS)
+    _, processor = tiny
+    save_model(*tiny, tmp_path)
+    _, again = load_model(tmp_path)
+    for sentence in ("what is one plus two", "Hello, strange apple"):
+        ids = made.encode(sentence, add_special_tokens=False)
+        for other in (processor, again):
+            assert other.text_tokenizer.encode(sentence, add_special_tokens=False) == ids
+            assert other.decode_text(ids) == made.decode(ids)
 
 
 @pytest.mark.parametrize("tied", [True, False])

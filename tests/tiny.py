@@ -73,6 +73,7 @@ def _parts() -> dict[str, str]:
 
 def tiny_model(seed: int = 0, **sections: Any) -> tuple[FlowOmniModel, FlowOmniProcessor]:
     """A tiny model in evaluation mode. The state head and the flow head are not zero, so that nothing is trivially equal."""
+    parts = _parts()  # first: building them seeds on its own
     torch.manual_seed(seed)
     values: dict[str, Any] = {
         "encoder": ENCODER,
@@ -82,7 +83,7 @@ def tiny_model(seed: int = 0, **sections: Any) -> tuple[FlowOmniModel, FlowOmniP
         "layout": {"instructions": INSTRUCTIONS, "max_answer_tokens": 12},
         "loss": {"ctc_weight": 0.5},
     }
-    model, processor = assemble(**_parts(), **(values | sections))
+    model, processor = assemble(**parts, **(values | sections))
     for parameter in model.head.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model.eval(), processor

@@ -51,8 +51,8 @@ def parse(run_class: type, options_by_stage: dict[str, type], args: list[str] | 
     The stage named in the file (or by --stage) decides which options exist.
 
     Raises:
-        ValueError: one line that names the file or the key: no such file, an unknown key (with the nearest valid one), a
-            missing key, a value of the wrong type, or one that the options refuse.
+        ValueError: one line that names the file or the key: no such file, an unknown key (with the nearest valid one),
+            a missing key, a value of the wrong type, or one that the options refuse.
     """
     args = sys.argv[1:] if args is None else args
     files = {path: read_yaml(path) for path in _values(args, "--config")}
@@ -71,7 +71,7 @@ def parse(run_class: type, options_by_stage: dict[str, type], args: list[str] | 
     parser.add_argument("--plan", action="store_true", help="print parameters and memory, train nothing")
     parser.add_class_arguments(run_class)
     parser.add_argument("--options", type=options_by_stage[stage])
-    parsed = parser.instantiate_classes(parser.parse_args(args))
+    parsed = parser.instantiate(parser.parse_args(args))
     _check_sections(parsed.options, "options")
     run = run_class(**{f.name: parsed[f.name] for f in fields(run_class)})
     return Parsed(run, parsed.options, parsed.plan)

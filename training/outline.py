@@ -1,7 +1,7 @@
 """The module of a stage without its weights: the same classes and shapes on torch's meta device, without any data.
 
-What a stage starts from may not exist yet. Then the sizes come from the stage that makes it, and those of a checkpoint of
-the Hub from `configs/architectures/`, so that a plan needs neither weights nor network.
+What a stage starts from may not exist yet. Then the sizes come from the stage that makes it, and those of a checkpoint
+of the Hub from `configs/architectures/`, so that a plan needs neither weights nor network.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Sizes:
             stored = self.configs / "architectures" / path
         if not (stored / "config.json").is_file():
             raise ValueError(
-                f"{what}: there is no folder {path!r} with a config.json, no stage under {_shown(self.configs)} makes it, "
-                f"and {_shown(stored / 'config.json')} does not exist: train that stage, or put the checkpoint's "
+                f"{what}: there is no folder {path!r} with a config.json, no stage under {_shown(self.configs)} makes "
+                f"it, and {_shown(stored / 'config.json')} does not exist: train that stage, or put the checkpoint's "
                 "config.json there"
             )
         self.sources[path] = _shown(stored)

@@ -4,7 +4,8 @@ A residual MLP with adaptive layer norm (AdaLN-zero; MAR, arXiv 2406.11838) on s
 costs the same wherever it stands. Time runs t = 0 noise to t = 1 data; velocity = data - noise.
 
 Shapes: B rows, L steps, N flattened valid positions, R draws (N positions times `num_draws`), D latent dimension,
-H hidden width, W network width, A modulation width (shift, scale and gate of all blocks), T flow-time bins, K solver steps.
+H hidden width, W network width, A modulation width (shift, scale and gate of all blocks), T flow-time bins,
+K solver steps.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from ..flow import (
     solve_grid,
     solve_ode,
 )
+from ..strict import strict
 from ..tokenizers.base import TokenSpec
 from .base import Generators, HeadLoss, SpeechHead, draw_noise
 
@@ -84,6 +86,7 @@ class FlowHeadConfig:
         distill_fraction: see objective.
         feedback_noise: largest std of the noise on the latents that are fed back in training (uniform per row).
         target_noise: std of the noise on the latents in training, as if sampled from a sigma-VAE of that width.
+        sampling: a trained head's best `FlowSampling`, kept with it; None takes what suits the objective.
     """
 
     kind: str = "flow"
@@ -98,6 +101,7 @@ class FlowHeadConfig:
     distill_fraction: float = 0.25
     feedback_noise: float = 0.0
     target_noise: float = 0.0
+    sampling: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.kind != "flow":
@@ -120,6 +124,7 @@ class FlowHeadConfig:
             raise ValueError(
                 f"distill_fraction is {self.distill_fraction}; it must be between 0 and 1 (for none, objective 'cfm')"
             )
+        strict(FlowSampling, self.sampling, "sampling")
         for name in ("feedback_noise", "target_noise"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
@@ -283,7 +288,9 @@ class FlowHead(SpeechHead):
         return lambda x_ND, s_N1, t_N1: self.net(x_ND, condition_NA + self.time_conditioner(s_N1, t_N1))
 
     def default_sampling(self) -> FlowSampling:
-        """16 Euler steps for "cfm", one jump of the flow map for "lsd"."""
+        """What the config's `sampling` says; without it 16 Euler steps for "cfm", one jump of the flow map for "lsd"."""
+        if self.config.sampling is not None:
+            return strict(FlowSampling, self.config.sampling, "head.sampling")
         return FlowSampling() if self.config.objective == "cfm" else FlowSampling(solver="map", num_steps=1)
 
     def loss(self, hidden_NH: Tensor, target_N: Tensor, row_N: Tensor, generator: torch.Generator | None) -> HeadLoss:
@@ -305,8 +312,8 @@ class FlowHead(SpeechHead):
             return self._draw_losses(condition_NA, target_N.float(), generator)
 
     def _drop_rows(self, row_N: Tensor, generator: torch.Generator) -> Tensor | None:
-        if not self.training or self.config.condition_dropout == 0:
-            return None
+        if not self.training:
+            return None  # in training never None, so that the null condition is always in the graph (DDP wants that)
         num_rows = int(row_N.max()) + 1 if len(row_N) else 0
         uniform = torch.rand(num_rows, generator=generator, device=generator.device).to(row_N.device)
         return (uniform < self.config.condition_dropout)[row_N]

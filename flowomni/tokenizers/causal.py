@@ -56,4 +56,8 @@ def causal_stack(blocks: nn.ModuleList, x_BCT: Tensor, pasts: tuple[Tensor, ...]
 
 def init_pasts(blocks: nn.ModuleList, batch_size: int) -> tuple[Tensor, ...]:
     """The starting past of each of `blocks`."""
-    return tuple(init_past(block.dwconv, batch_size) for block in blocks)
+    return tuple(_init_block(block, batch_size) for block in blocks)
+
+
+def _init_block(block: ConvNeXtBlock, batch_size: int) -> Tensor:
+    return init_past(block.dwconv, batch_size)

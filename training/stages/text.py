@@ -21,7 +21,7 @@ from flowomni.losses import Loss
 from flowomni.strict import strict
 from flowomni.streams import Streams, collate
 
-from ..talk_text import WORDS, number_words, sample_pair, vocabulary
+from ..talk_text import FAMILIES, WORDS, Pair, number_words, sample_family, sample_pair, vocabulary
 from ..text_tokenizer import build_text_tokenizer
 from .base import Stage, rng_for
 
@@ -35,6 +35,8 @@ class TextOptions:
             from the text tokenizer.
         instructions: system text per task, see LayoutConfig.
         batch_size: conversations per micro-batch.
+        families: relative frequency of the question families; empty takes the corpus's own. Text costs nothing, so what
+            is hard to learn (arithmetic) can have most of it.
         speak_share: share of examples that repeat a given text, the text side of reading aloud.
         attention: "eager" is faster on CPUs for short sequences, "sdpa" elsewhere.
         num_eval: held-out questions at each evaluation.
@@ -43,9 +45,15 @@ class TextOptions:
     llm: dict[str, Any]
     instructions: dict[str, str] = field(default_factory=lambda: LayoutConfig().instructions)
     batch_size: int = 256
+    families: dict[str, float] = field(default_factory=dict)
     speak_share: float = 0.15
     attention: Literal["sdpa", "eager"] = "sdpa"
     num_eval: int = 1000
+
+    def __post_init__(self) -> None:
+        unknown = set(self.families) - set(FAMILIES)
+        if unknown:
+            raise ValueError(f"options.families has {sorted(unknown)}; known families: {', '.join(FAMILIES)}")
 
 
 class _TextModel(nn.Module):
@@ -100,11 +108,17 @@ class TextStage(Stage):
         if split == "train" and rng.random() < self.options.speak_share:
             text = _reading(rng)
             return "speak", self.layout.example([Turn("user", text=text), Turn("assistant", text=text)], "speak")
-        pair = sample_pair(rng, split)
+        pair = self._pair(rng, split)
         while not pair.question:
-            pair = sample_pair(rng, split)
+            pair = self._pair(rng, split)
         turns = [Turn("user", text=pair.question), Turn("assistant", text=pair.answer)]
         return pair.family, self.layout.example(turns)
+
+    def _pair(self, rng: random.Random, split: str) -> Pair:
+        families = self.options.families
+        if split != "train" or not families:
+            return sample_pair(rng, split)
+        return sample_family(rng.choices(list(families), list(families.values()))[0], rng, split)
 
     def batch(self, index: int, rank: int, world_size: int) -> Streams:
         rng = random.Random(int(rng_for(self.seed, index * world_size + rank).integers(2**62)))
