@@ -36,9 +36,11 @@ tiny: .venv/.base  ## the model in the box, retrained from nothing
 	$(BIN)/python -m scripts.make_talk_corpus --out data/talk
 	$(TRAIN)/vocoder.yaml
 	$(TRAIN)/tokenizer.yaml
+	$(TRAIN)/vocoder_tuned.yaml
 	$(TRAIN)/text.yaml
 	$(TRAIN)/align.yaml
 	$(TRAIN)/speech.yaml
+	$(BIN)/python -m scripts.pack_model runs/tiny/speech/final flowomni/models/flowomni-tiny
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -129,7 +129,8 @@ class FlowOmni:
     def from_pretrained(cls, folder: str | Path | None = None, device: str = "cpu") -> FlowOmni:
         """Load a model folder; None loads the model in the box."""
         model, processor = load_model(BUNDLED_MODEL if folder is None else folder)
-        return cls(model.to(device), processor)
+        model.to(device)  # type: ignore[arg-type]  # transformers wraps it in a way that mypy cannot follow
+        return cls(model, processor)
 
     @property
     def sample_rate_hz(self) -> int:

@@ -76,7 +76,7 @@ def load_model(folder: str | Path) -> tuple[FlowOmniModel, FlowOmniProcessor]:
     config = _load_config(folder)
     try:
         # wrong shapes are let through to the report, which names them; transformers' own error does not
-        model, report = FlowOmniModel.from_pretrained(
+        loaded: Any = FlowOmniModel.from_pretrained(
             folder,
             config=config,
             dtype="float32",
@@ -88,6 +88,7 @@ def load_model(folder: str | Path) -> tuple[FlowOmniModel, FlowOmniProcessor]:
         raise ValueError(f"{folder}: the weights are damaged ({_reason(error)}): copy the model again") from None
     except (RuntimeError, OSError, ValueError) as error:
         raise ValueError(f"{folder}: {_reason(error)}") from None
+    model, report = loaded
     _check_report(folder, report)
     model.eval()
     return model, FlowOmniProcessor(config, load_text_tokenizer(str(folder)), model.speech_tokenizer.spec)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -64,7 +65,8 @@ def teach(model: str | None, max_steps: int | None, folder: Path) -> Path:
     if max_steps is not None:
         command += ["--max_steps", str(max_steps)]
     print(f"  accelerate launch -m training.train --config {CONFIG}\n", flush=True)
-    status = subprocess.run(command, cwd=ROOT).returncode
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "ACCELERATE_LOG_LEVEL": "ERROR"}
+    status = subprocess.run(command, cwd=ROOT, env=os.environ | quiet).returncode
     if status != 0:
         raise ValueError(f"the fine-tune ended with status {status}; its last lines above say why")
     return folder / "final"

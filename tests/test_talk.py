@@ -23,7 +23,9 @@ from safetensors.torch import load_file, save_file
 from flowomni import FlowOmni, Question
 from flowomni.audio import read_audio
 from flowomni.build import load_model, save_model
+from flowomni.streams import SpeechState
 from inference.demo import DATA, asked
+from inference.plot import STATE_COLORS
 from inference.talk import JSON_HELP, main
 from tests.tiny import tiny_model
 
@@ -68,6 +70,7 @@ def test_one_question(model: str, tmp_path: Path, capsys: Capture) -> None:
     assert capsys.readouterr().out == wanted.text + "\n"
     np.testing.assert_allclose(read_audio(out, 24_000).wav_S, np.clip(wanted.wav_S, -1, 1), atol=1e-4)
     assert plot.read_bytes().startswith(b"\x89PNG")
+    assert set(STATE_COLORS) == {state.name.lower() for state in SpeechState}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "a.wav", "q.wav"]
 
 
@@ -89,7 +92,7 @@ def test_many_questions_as_json(model: str, tmp_path: Path, capsys: Capture) -> 
     out = tmp_path / "new" / "answers"
     assert main([*files, "--out-dir", str(out), "--json", "--model", model]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    keys = "file heard_sec text answer_file answer_sec first_audio_ms realtime_factor".split()
+    keys = ["file", "heard_sec", "text", "answer_file", "answer_sec", "first_audio_ms", "realtime_factor"]
     assert [list(item) for item in found] == [keys] * len(files)
     assert all(f"  {key} " in JSON_HELP for key in keys)
     assert [item["file"] for item in found] == files

@@ -58,8 +58,8 @@ class Plan:
         activations: see `activations`, for the longest micro-batch that the options allow.
 
     Accumulation costs nothing. Several processes add 4 T, the buckets through which gradients are exchanged. Not
-    counted: the CUDA context (about 0.5 GiB), fragmentation, a second copy of the trained parameters during an evaluation
-    (when there are no activations), and what self-distillation adds to the head (about half of its activations).
+    counted: the CUDA context (about 0.5 GiB), fragmentation, a second copy of the trained parameters during an
+    evaluation (when there are no activations), and what self-distillation adds (half of what the head keeps).
 
     Attributes:
         module: the outlined module, on the meta device.

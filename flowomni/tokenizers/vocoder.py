@@ -77,6 +77,8 @@ class Vocoder(nn.Module):
         self.n_fft, self.hop_length = n_fft, hop_length
         self.backbone = VocosBackbone(num_mels, config.dim, config.intermediate_dim, config.num_layers)
         self.head = ISTFTHead(config.dim, n_fft, hop_length, padding="center")
+        # torch makes a periodic window as a view of a longer one, which safetensors refuses to load in place
+        self.head.istft.window = self.head.istft.window.clone()
 
     @property
     def lookahead_samples(self) -> int:

@@ -24,6 +24,7 @@ from flowomni.layouts import Turn
 from flowomni.modeling import FlowOmniModel
 from flowomni.processing import HEARD_RATE_HZ
 from flowomni.streams import Streams, collate
+from flowomni.tokenizers import SpeechTokenizer
 
 from ..lora import LoraOptions, add_lora, merge_lora
 from ..manifest import Conversation, Utterance, read_manifest
@@ -117,7 +118,7 @@ class SpeechStage(Stage):
         self.options, self.seed = options, seed
         self.model, self.processor = self._build()
         for part in self.model.modules():
-            if isinstance(part, PreTrainedModel) and part is not self.model:
+            if isinstance(part, PreTrainedModel) and not isinstance(part, FlowOmniModel | SpeechTokenizer):
                 part.set_attn_implementation(options.attention)
         self.module = self.model
         self.tuner = set_trainable(self.model, options.trains, options.lora)
