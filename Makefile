@@ -38,6 +38,7 @@ tiny: .venv/.base  ## the model in the box, retrained from nothing
 	$(TRAIN)/tokenizer.yaml
 	$(TRAIN)/vocoder_tuned.yaml
 	$(TRAIN)/text.yaml
+	$(TRAIN)/hearing.yaml
 	$(TRAIN)/align.yaml
 	$(TRAIN)/speech.yaml
 	$(BIN)/python -m scripts.pack_model runs/tiny/speech/final flowomni/models/flowomni-tiny

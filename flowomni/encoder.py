@@ -30,6 +30,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from flowomni.strict import strict
 
+from .losses import Loss
+
 HEARD_SAMPLE_RATE_HZ = 16000
 HOP_SAMPLES = 160
 MEL_FRAMES_PER_ENCODER_FRAME = 2
@@ -160,6 +162,15 @@ class SpeechEncoder(nn.Module):
     def __init__(self, config: WhisperConfig) -> None:
         super().__init__()
         self.whisper = WhisperEncoder(config)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """A start from which a new encoder learns: transformers' weights of std 0.02 make features of std 0.01, under
+        positions of std 0.6, and CTC training then stays at its all-blank plateau (measured, see LOG.md)."""
+        for conv in (self.whisper.conv1, self.whisper.conv2):
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        with torch.no_grad():
+            self.whisper.embed_positions.weight.mul_(0.2)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> SpeechEncoder:
@@ -255,6 +266,46 @@ class SpeechEncoder(nn.Module):
         hidden_BTE = F.gelu(whisper.conv2(hidden_BEF)).transpose(1, 2)
         hidden_BTE = hidden_BTE + whisper.embed_positions.weight[: hidden_BTE.shape[1]]
         return F.dropout(hidden_BTE, p=whisper.dropout, training=self.training)
+
+
+class CtcAuxiliary(nn.Module):
+    """CTC over the letters (UTF-8 bytes) of what is said, on the encoder's own frames: makes a new encoder listen.
+
+    Words at the language model's rate were tried first and stayed at the all-blank plateau (see LOG.md).
+    """
+
+    num_classes = 257  # the blank, then the bytes
+
+    def __init__(self, encoder_dim: int) -> None:
+        super().__init__()
+        self.classify = nn.Linear(encoder_dim, self.num_classes)
+
+    def forward(self, hidden_BTE: Tensor, lengths_B: Tensor, bytes_BU: Tensor) -> Loss:
+        """Summed over the clips that say something, each divided by its number of bytes.
+
+        Args:
+            hidden_BTE: encoder frames; lengths_B: how many of them are real.
+            bytes_BU: the transcripts' bytes, -1 past a row's end; rows that say nothing are all -1.
+        """
+        num_bytes_B = (bytes_BU >= 0).sum(1)
+        says_B = num_bytes_B > 0
+        if not bool(says_B.any()):
+            return Loss(self.classify(hidden_BTE).sum() * 0.0, says_B.sum())
+        log_probs = self.classify(hidden_BTE[says_B]).float().log_softmax(-1)
+        losses_B = F.ctc_loss(
+            log_probs.transpose(0, 1),
+            bytes_BU[says_B].clamp(min=0) + 1,
+            lengths_B[says_B],
+            num_bytes_B[says_B],
+            reduction="none",
+            zero_infinity=True,
+        )
+        return Loss((losses_B / num_bytes_B[says_B]).sum(), says_B.sum())
+
+    def read(self, hidden_TE: Tensor) -> str:
+        """What one clip says, by CTC's best path: repeats joined, blanks dropped, bytes to text."""
+        joined = torch.unique_consecutive(self.classify(hidden_TE).argmax(-1))
+        return bytes(int(c) - 1 for c in joined if c > 0).decode(errors="replace")
 
 
 class Projector(nn.Module):

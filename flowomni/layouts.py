@@ -1,6 +1,7 @@
 """Layouts: a pure function from a conversation to Streams, and what a step means at generation time.
 
-Shapes: B batch (1 here), L positions, T steps of an answer, D latent dimension, C Whisper mel bins, F Whisper mel frames.
+Shapes: B batch (1 here), L positions, T steps of an answer, D latent dimension, C Whisper mel bins,
+F Whisper mel frames.
 
 Layout `turn`: the prompt (chat template around text or heard positions), then the answer: text and speech in parallel.
 
@@ -22,8 +23,8 @@ from torch import Tensor
 
 from .configuration import LayoutConfig
 from .encoder import num_heard_positions
-from .strict import nearest
 from .streams import NONE, SpeechState, Streams
+from .strict import nearest
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class TurnLayout:
                 rows.add_text(self._ids(turn.text or ""))
         if answer is not None:
             self._add_answer(rows, answer, target=True)
-        return rows.streams(clips, [self._ids(t.text or "") for t in clips])
+        return rows.streams(clips, [list((t.text or "").encode()) for t in clips])
 
     def _ids(self, text: str) -> list[int]:
         return self.text_tokenizer.encode(text, add_special_tokens=False) if text else []

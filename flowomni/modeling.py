@@ -1,7 +1,7 @@
 """FlowOmniModel: a language model with ears (speech encoder, projector) and a voice (output blocks, heads, tokenizer).
 
 Shapes: B batch, L positions, H hidden width, D latent dimension (X: D latents or K codes), C Whisper mel bins,
-F Whisper mel frames, E encoder width, P heard positions, T transcript length, N flattened target positions, V vocabulary.
+F Whisper mel frames, T encoder frames, E encoder width, P heard positions, N flattened target positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaModel, PreTrainedModel
 
 from .configuration import FlowOmniConfig, LossConfig, OutputBlocksConfig
-from .encoder import Projector, SpeechEncoder
+from .encoder import CtcAuxiliary, Projector, SpeechEncoder
 from .heads import build_head
 from .heads.state import SpeechStateHead
 from .losses import Loss
-from .strict import strict
 from .streams import NONE, Streams
+from .strict import strict
 from .tokenizers.base import SpeechTokenizer
 
 
@@ -58,7 +58,7 @@ class OutputBlocks(nn.Module):
                 eos_token_id=None,
             )
         )
-        self.blocks.embed_tokens = None  # reads hidden states only; an unused table would confuse DDP and parameter counts
+        self.blocks.embed_tokens = None  # reads hidden states only; an unused table would distort parameter counts
 
     def forward(
         self, hidden_BLH: Tensor, mask_BL: Tensor | None, position_BL: Tensor, cache: DynamicCache | None
@@ -71,39 +71,6 @@ class OutputBlocks(nn.Module):
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
-
-
-class CtcAuxiliary(nn.Module):
-    """CTC over the LLM's own embedding table: pulls heard positions into the space of the words they say.
-
-    A heard position scores each text id by the dot product of its mapped state with that id's embedding; one more linear
-    score stands for the blank. It helps an encoder that starts from nothing and adds no vocabulary-sized matrix.
-    """
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(hidden_size)
-        self.map = nn.Linear(hidden_size, hidden_size)
-        self.blank = nn.Linear(hidden_size, 1)
-
-    def forward(self, heard_BPH: Tensor, lengths_B: Tensor, ctc_BT: Tensor, embedding_VH: Tensor) -> Loss:
-        """Summed over the clips that say something, each divided by its number of text ids."""
-        hidden_BPH = self.norm(heard_BPH)
-        # embeddings are small at initialisation: unit-variance rows keep the scores in a trainable range
-        table_VH = F.layer_norm(embedding_VH.float(), embedding_VH.shape[-1:])
-        scores = self.map(hidden_BPH).float() @ table_VH.T / embedding_VH.shape[-1] ** 0.5
-        log_probs = torch.cat([self.blank(hidden_BPH).float(), scores], dim=-1).log_softmax(-1)
-        target_lengths_B = (ctc_BT != NONE).sum(1)
-        losses_B = F.ctc_loss(
-            log_probs.transpose(0, 1),
-            ctc_BT.clamp(min=0) + 1,
-            lengths_B,
-            target_lengths_B,
-            reduction="none",
-            zero_infinity=True,
-        )
-        says_B = target_lengths_B > 0
-        return Loss((losses_B * says_B / target_lengths_B.clamp(min=1)).sum(), says_B.sum())
 
 
 class FlowOmniModel(PreTrainedModel):
@@ -129,7 +96,7 @@ class FlowOmniModel(PreTrainedModel):
             self.encoder = SpeechEncoder(config.encoder)
             self.projector = Projector(config.encoder.d_model, hidden, config.encoder_stack)
             if self.loss_config.ctc_weight > 0:
-                self.ctc = CtcAuxiliary(hidden)
+                self.ctc = CtcAuxiliary(config.encoder.d_model)
         blocks = strict(OutputBlocksConfig, config.output_blocks, "output_blocks")
         self.output_blocks = OutputBlocks(blocks, hidden) if blocks.num_layers > 0 else None
         self.state_embedding = nn.Embedding(4, hidden)
@@ -186,12 +153,12 @@ class FlowOmniModel(PreTrainedModel):
         heard_NH = None
         if streams.features_BCF is not None:
             assert streams.feature_lengths_B is not None
-            heard_BPH, lengths_B = self.hear(streams.features_BCF, streams.feature_lengths_B)
+            hidden_BTE, lengths_B = self.encoder(streams.features_BCF, streams.feature_lengths_B)
+            if self.loss_config.ctc_weight > 0 and streams.ctc_BT is not None:
+                losses["ctc"] = self.ctc(hidden_BTE, lengths_B, streams.ctc_BT)
+            heard_BPH, lengths_B = self.projector(hidden_BTE, lengths_B)
             real_BP = torch.arange(heard_BPH.shape[1], device=lengths_B.device) < lengths_B.unsqueeze(1)
             heard_NH = heard_BPH[real_BP]
-            if self.loss_config.ctc_weight > 0 and streams.ctc_BT is not None and streams.ctc_BT.shape[1] > 0:
-                table_VH = self.get_input_embeddings().weight
-                losses["ctc"] = self.ctc(heard_BPH, lengths_B, streams.ctc_BT, table_VH)
         targets_BLX = streams.speech_BLX
         if self.training:
             streams, targets_BLX = self._perturb(streams, generator)
@@ -244,9 +211,15 @@ class FlowOmniModel(PreTrainedModel):
 
     def text_logits(self, hidden_NH: Tensor) -> Tensor:
         """LLM hidden states [.., H] -> text logits [.., V], as the LLM itself makes them."""
+        config = self.config.llm.get_text_config()
         logits = self.llm.get_output_embeddings()(hidden_NH)
-        cap = getattr(self.config.llm.get_text_config(), "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        if getattr(config, "logit_scale", None):  # Cohere
+            logits = logits * config.logit_scale
+        if getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / config.logits_scaling
+        if getattr(config, "final_logit_softcapping", None):  # Gemma
+            logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+        return logits
 
     def init_state(self, batch_size: int) -> ModelState:
         """Empty caches for `batch_size` rows."""
@@ -259,6 +232,9 @@ class FlowOmniModel(PreTrainedModel):
 
     def advance(self, embeds_BLH: Tensor, mask_BL: Tensor, state: ModelState) -> tuple[Tensor, Tensor, ModelState]:
         """Read L more positions per row.
+
+        A row is what it would be alone, whatever the padding inside the cache. The exception is an LLM with a sliding
+        attention window, where padding takes up places of the window: it matters once a row is longer than the window.
 
         Args:
             embeds_BLH: their embeddings.
@@ -304,4 +280,4 @@ def register() -> None:
     AutoModel.register(FlowOmniConfig, FlowOmniModel, exist_ok=True)
 
 
-__all__: list[Any] = ["CtcAuxiliary", "FlowOmniModel", "ModelState", "OutputBlocks", "register"]
+__all__: list[Any] = ["FlowOmniModel", "ModelState", "OutputBlocks", "register"]

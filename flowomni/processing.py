@@ -14,8 +14,8 @@ import numpy as np
 from .configuration import FlowOmniConfig, LayoutConfig
 from .encoder import HeardFeatures
 from .layouts import Turn, TurnLayout
-from .strict import strict
 from .streams import Streams
+from .strict import strict
 from .tokenizers.base import TokenSpec
 
 HEARD_RATE_HZ = 16_000

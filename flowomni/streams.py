@@ -2,9 +2,9 @@
 
 Shapes: B batch, L positions, D latent dimension (or K codebooks), C Whisper mel bins, F Whisper mel frames.
 
-Position p of the sequence holds what the model *reads* there: any of a text id, a speech state, an own speech token, one
-heard position. The model's output at p predicts position p + 1, as in any language model, so one array serves as input and
-as target: `*_loss` masks say which positions are also targets.
+Position p of the sequence holds what the model *reads* there: any of a text id, a speech state, an own speech token,
+one heard position. The model's output at p predicts position p + 1, as in any language model, so one array serves as
+input and as target: `*_loss` masks say which positions are also targets.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ class Streams:
     Attributes:
         text_BL: int64 text ids, NONE where the text stream is silent.
         state_BL: int64 speech states, NONE where there is no speech stream (prompts, text-only answers).
-        speech_BLX: own speech tokens (latents [B, L, D] or codes [B, L, K]); NaN (or -1) except where state is GENERATING.
+        speech_BLX: own speech tokens (latents [B, L, D] or codes [B, L, K]); NaN (or -1) except where the state is
+            GENERATING.
         heard_BL: bool, a heard position: takes the next row of the projected speech encoder output.
         mask_BL: bool, False at padding (always at the end).
         text_loss_BL: bool, the text id at this position is a target.
         state_loss_BL: bool, the state (and the speech token of a GENERATING state) is a target.
         features_BCF: float32 Whisper log-mel of the heard clips in order of appearance, or None. B here counts clips.
         feature_lengths_B: int64 true number of mel frames of each clip.
-        ctc_BT: int64 text ids of what each clip says (auxiliary CTC target), NONE-padded, or None.
+        ctc_BT: int64 UTF-8 bytes of what each clip says (auxiliary CTC target), NONE-padded, or None.
     """
 
     text_BL: Tensor

@@ -197,19 +197,15 @@ def measure(rows: Sequence[Scored], seed: int = 0) -> dict[str, Interval]:
 
 def summarise(rows: Sequence[Scored], seed: int = 0) -> dict[str, dict[str, Interval]]:
     """Group -> metrics: all questions, each voice group, the same of the held-out families alone, each family."""
-    groups: dict[str, Callable[[Scored], bool]] = {"all": lambda row: True}
     seen = {row.item.voice_group for row in rows}
     voices = [voice for voice in VOICE_GROUPS if voice in seen] + sorted(seen - set(VOICE_GROUPS))
-    for voice in voices:
-        groups[f"voice {voice}"] = lambda row, voice=voice: row.item.voice_group == voice  # type: ignore[misc]
-    for voice in voices:
-        groups[f"voice {voice}, held-out families"] = (  # type: ignore[misc]
-            lambda row, voice=voice: row.item.voice_group == voice and row.item.family in HELD_OUT_FAMILIES
-        )
-    for family in dict.fromkeys(row.item.family for row in rows):
-        groups[f"family {family}"] = lambda row, family=family: row.item.family == family  # type: ignore[misc]
-    chosen = {name: [row for row in rows if belongs(row)] for name, belongs in groups.items()}
-    return {name: measure(some, seed) for name, some in chosen.items() if some}
+    held_out = [row for row in rows if row.item.family in HELD_OUT_FAMILIES]
+    groups = {"all": list(rows)}
+    for suffix, some in (("", rows), (", held-out families", held_out)):
+        groups |= {f"voice {voice}{suffix}": [row for row in some if row.item.voice_group == voice] for voice in voices}
+    for row in rows:
+        groups.setdefault(f"family {row.item.family}", []).append(row)
+    return {name: measure(some, seed) for name, some in groups.items() if some}
 
 
 def _floats(values: Any) -> np.ndarray:

@@ -9,7 +9,7 @@ import base64
 import html
 import io
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ small { color: #666; } .wrong { color: #b00020; } .scroll { overflow-x: auto; }
 """
 
 
-def listening_page(run: dict[str, Any], tables: dict[str, Table], rows: Sequence[Scored]) -> str:
+def listening_page(run: dict[str, Any], tables: Mapping[str, Table], rows: Sequence[Scored]) -> str:
     """The page as text, below 5 MB: families take turns to show a question until `MAX_AUDIO_BYTES` are used.
 
     Audio is lossless (FLAC), so that what is heard is what the model made.

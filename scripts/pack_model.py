@@ -1,6 +1,6 @@
 """Pack a trained model for shipping: matrices as float16, the head's best sampling in the config.
 
-    python -m scripts.pack_model runs/tiny/speech/final flowomni/models/flowomni-tiny --sampling '{"temperature": 0.6}'
+python -m scripts.pack_model runs/tiny/speech/final flowomni/models/flowomni-tiny --sampling '{"temperature": 0.6}'
 """
 
 from __future__ import annotations

@@ -22,17 +22,18 @@ from flowomni.streams import NONE, SpeechState, Streams
 from tests.tiny import INSTRUCTIONS, tiny_model
 
 RATE = 16_000
+ALWAYS, NEVER = 1e-9, 1 - 1e-9  # stop thresholds
 
 
 @pytest.fixture(scope="module")
 def omni() -> FlowOmni:
-    """A model whose random weights say several words and stop after different times."""
+    """A model whose random weights say several words and stop now and then, in speech and in text."""
     model, processor = tiny_model(
-        seed=7,
+        seed=int(__import__("os").environ.get("FS", "7")),
         head={"kind": "flow", "width": 32, "num_blocks": 1, "objective": "lsd"},  # draws in one step: quick
         layout={"instructions": INSTRUCTIONS, "max_answer_tokens": 16},
     )
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(0)
     assert model.output_blocks is not None
     with torch.no_grad():
         for block in (*model.llm.model.layers, *model.output_blocks.blocks.layers):
@@ -42,8 +43,9 @@ def omni() -> FlowOmni:
         model.llm.lm_head = torch.nn.Linear(32, len(processor.text_tokenizer), bias=False)
         model.llm.lm_head.weight.normal_(generator=generator)
         model.llm.lm_head.weight[:50] = 0  # no special tokens, few letters
-        model.llm.lm_head.weight[processor.text_eos_id].normal_(std=2.0, generator=generator)
-        model.state_head.classify.weight *= 14
+        model.llm.lm_head.weight[processor.text_eos_id].normal_(std=2.5, generator=generator)
+        model.state_head.classify.weight *= 3  # decided, yet far from the thresholds NEVER and ALWAYS
+        model.state_head.classify.bias[SpeechState.STOP] -= 1.5
     return FlowOmni(model, processor)
 
 
@@ -125,12 +127,12 @@ def test_the_sound_is_what_the_tokenizer_makes_of_the_drawn_tokens(
 
 def test_sound_comes_while_the_answer_grows(omni: FlowOmni, questions: list[Question]) -> None:
     """A step brings one token's samples as soon as the look-ahead allows; the last brings what was held back."""
-    events = list(omni.stream(questions[0]))
+    events = list(omni.stream(questions[0], stop_threshold=NEVER))
     spec = omni.model.speech_tokenizer.spec
-    sizes = [len(event.wav_S) for event in events if event.state in ("generating", "stop")]
-    assert sizes[0] == spec.samples_per_token - spec.lookahead_samples
+    sizes = [len(event.wav_S) for event in events if event.state == "generating"]
+    assert sizes[0] == spec.samples_per_token - spec.lookahead_samples and len(sizes) == 14
     assert set(sizes[1:-1]) == {spec.samples_per_token}
-    assert sum(sizes) % spec.samples_per_token == 0
+    assert sizes[-1] == spec.samples_per_token + spec.lookahead_samples
 
 
 def test_states_follow_the_layout(omni: FlowOmni, questions: list[Question]) -> None:
@@ -144,10 +146,8 @@ def test_states_follow_the_layout(omni: FlowOmni, questions: list[Question]) -> 
 
 
 @pytest.mark.parametrize("max_steps", [1, 2, 3, 5])
-def test_the_limit_cuts_off_but_plays_what_was_drawn(
-    omni: FlowOmni, questions: list[Question], max_steps: int
-) -> None:
-    steps = run(omni, prompts(omni, questions[:2]), [0, 0], max_steps=max_steps, stop_threshold=0.999999)
+def test_the_limit_cuts_off_but_plays_what_was_drawn(omni: FlowOmni, questions: list[Question], max_steps: int) -> None:
+    steps = run(omni, prompts(omni, questions[:2]), [0, 0], max_steps=max_steps, stop_threshold=NEVER)
     assert len(steps) == max_steps
     for row in range(2):
         _, states, wav_S = joined(steps, row)
@@ -155,9 +155,9 @@ def test_the_limit_cuts_off_but_plays_what_was_drawn(
 
 
 def test_the_stop_threshold_decides(omni: FlowOmni, questions: list[Question]) -> None:
-    eager = omni.answer(text="say hello", stop_threshold=1e-9)
+    eager = omni.answer(text="say hello", stop_threshold=ALWAYS)
     assert eager.states[:4] == ["pad", "start", "generating", "stop"]
-    patient = omni.answer(text="say hello", stop_threshold=1 - 1e-9)
+    patient = omni.answer(text="say hello", stop_threshold=NEVER)
     assert patient.states.count("generating") == omni.processor.layout.config.max_answer_tokens - 2
 
 
@@ -165,9 +165,7 @@ def test_the_stop_threshold_decides(omni: FlowOmni, questions: list[Question]) -
 
 
 @pytest.mark.parametrize("options", [{}, {"text_temperature": 1.0}, {"speak": False, "text_temperature": 1.0}])
-def test_a_batch_row_is_that_row_alone(
-    omni: FlowOmni, questions: list[Question], options: dict[str, Any]
-) -> None:
+def test_a_batch_row_is_that_row_alone(omni: FlowOmni, questions: list[Question], options: dict[str, Any]) -> None:
     """Heard and typed prompts, other lengths, other ends; each row with its own generator."""
     rows = prompts(omni, questions)
     seeds = [7, 8, 9, 10, 11, 12]
@@ -249,19 +247,21 @@ def test_model_and_voice_go_on_from_a_saved_state(omni: FlowOmni, tmp_path: Path
 # ----------------------------------------------------------------------------------------- equal to what is wrapped
 
 
-@pytest.mark.parametrize("text", ["what is one", "apple", "one two three plus"])
-def test_a_text_answer_is_that_of_the_plain_language_model(omni: FlowOmni, text: str) -> None:
+def test_a_text_answer_is_that_of_the_plain_language_model(omni: FlowOmni) -> None:
     """Greedy generation of transformers on the same prompt gives the same words."""
     llm, processor = omni.model.llm, omni.processor
-    prompt = processor.prompt([processor.turn("user", text=text)])
     limit = processor.layout.config.max_answer_tokens
-    with torch.no_grad():
-        ids_BL = llm.generate(
-            input_ids=prompt.text_BL, do_sample=False, max_new_tokens=limit, eos_token_id=processor.text_eos_id
-        )
-    wanted = processor.text_tokenizer.decode(ids_BL[0, prompt.text_BL.shape[1] :], skip_special_tokens=True)
-    answer = omni.answer(text=text, speak=False)
-    assert answer.text == wanted.strip() and wanted
+    answers = []
+    for text in ("what is one", "apple", "one two three plus", "say hello"):
+        prompt = processor.prompt([processor.turn("user", text=text)])
+        with torch.no_grad():
+            ids_BL = llm.generate(
+                input_ids=prompt.text_BL, do_sample=False, max_new_tokens=limit, eos_token_id=processor.text_eos_id
+            )
+        wanted = processor.text_tokenizer.decode(ids_BL[0, prompt.text_BL.shape[1] :], skip_special_tokens=True)
+        answers.append(omni.answer(text=text, speak=False).text)
+        assert answers[-1] == wanted.strip()
+    assert len(set(answers)) > 1
 
 
 def test_generation_reads_what_training_shows(omni: FlowOmni, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,20 +275,24 @@ def test_generation_reads_what_training_shows(omni: FlowOmni, monkeypatch: pytes
 
     monkeypatch.setattr(omni.model, "embed", record)
     asks = omni.processor.turn("user", wav_S=wav(0.5, 0)[0])
-    states = joined(run(omni, [omni.processor.prompt([asks])], [0]), 0)[1]
-    assert states[-1] == SpeechState.STOP
+    for seed in range(50):  # until one ends by itself, after some words
+        read.clear()
+        steps = run(omni, [omni.processor.prompt([asks])], [seed], text_temperature=1.0)
+        if steps[-1].done[0] and len(steps) > 3:
+            break
+    assert steps[-1].done[0]
     text_BL, state_BL, speech_BLX = (
         torch.cat([getattr(s, name) for s in read], dim=1) for name in ("text_BL", "state_BL", "speech_BLX")
     )
     generating_BL = state_BL == SpeechState.GENERATING
-    num_words = int((text_BL[:, read[0].text_BL.shape[1] :] != NONE).sum()) - 1
+    eos, answer_BL = omni.processor.text_eos_id, text_BL[:, read[0].text_BL.shape[1] :]
+    num_words = int(((answer_BL != NONE) & (answer_BL != eos)).sum())
     says = Turn("assistant", " one" * num_words, speech_LX=speech_BLX[generating_BL])
     example = omni.processor.layout.example([asks, says])
     length = text_BL.shape[1]
-    assert num_words > 2 and length >= example.text_BL.shape[1] - 1  # the last step need not be read
+    assert length == example.text_BL.shape[1] - 1  # nothing comes after the last step, so it is not read
     for found, wanted in ((text_BL != NONE, example.text_BL != NONE), (state_BL, example.state_BL)):
         assert torch.equal(found, wanted[:, :length])
-    eos = omni.processor.text_eos_id
     assert torch.equal(text_BL == eos, (example.text_BL == eos)[:, :length])
     assert torch.equal(speech_BLX[generating_BL], example.speech_BLX[example.generating_BL])
 

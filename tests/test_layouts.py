@@ -12,15 +12,15 @@ from flowomni.configuration import LayoutConfig
 from flowomni.encoder import num_heard_positions
 from flowomni.layouts import Turn, TurnLayout
 from flowomni.streams import NONE, SpeechState, Streams, collate
+from tests.tiny import INSTRUCTIONS, WORDS
 from training.text_tokenizer import build_text_tokenizer
 
 STACK, DIM, MELS = 4, 3, 80
 PAD, START, GEN, STOP = SpeechState.PAD, SpeechState.START, SpeechState.GENERATING, SpeechState.STOP
-INSTRUCTIONS = {"answer": "", "transcribe": "transcribe", "speak": "speak"}
 
 
 def layout(template: str | None = "keep", fill: torch.Tensor | None = None, **config: Any) -> TurnLayout:
-    tokenizer = build_text_tokenizer("what is one two three four plus transcribe speak user system assistant".split())
+    tokenizer = build_text_tokenizer([*WORDS, "user", "assistant"])
     if template != "keep":
         tokenizer.chat_template = template
     values = {"instructions": INSTRUCTIONS} | config
@@ -37,13 +37,12 @@ def features(num_frames: int) -> torch.Tensor:
     return torch.randn(MELS, num_frames, generator=torch.Generator().manual_seed(num_frames))
 
 
-def words(made: TurnLayout, streams: Streams) -> list[str]:
+def words(made: TurnLayout, streams: Streams) -> str:
     """Text stream in words: "." where it is silent, "<heard>" at heard positions."""
     names = made.text_tokenizer.convert_ids_to_tokens(streams.text_BL[0].clamp(min=0).tolist())
     silent = ["<heard>" if heard else "." for heard in streams.heard_BL[0]]
-    return [
-        name if token != NONE else none for name, token, none in zip(names, streams.text_BL[0], silent, strict=True)
-    ]
+    rows = zip(names, streams.text_BL[0], silent, strict=True)
+    return " ".join(name if token != NONE else none for name, token, none in rows)
 
 
 def answer_part(streams: Streams) -> dict[str, list[Any]]:
@@ -60,7 +59,7 @@ def test_the_table_of_the_docstring() -> None:
     """Text y0 y1 y2 eos; speech x0..x3 after a delay of 2; stop ends it; what is a target."""
     made = layout()
     example = made.example([Turn("user", text="what"), Turn("assistant", text="one two three", speech_LX=speech(4))])
-    assert words(made, example) == "<|user|> what <|end|> <|assistant|> one two three <|end|> . . .".split()
+    assert words(made, example) == "<|user|> what <|end|> <|assistant|> one two three <|end|> . . ."
     part = answer_part(example)
     assert part["state_BL"] == [PAD, START, GEN, GEN, GEN, GEN, STOP]
     assert part["text_loss_BL"] == [True] * 4 + [False] * 3
@@ -132,10 +131,10 @@ def test_heard_positions_stand_where_the_words_would(num_frames: int) -> None:
     """One position per `stack` encoder frames; features, lengths and transcript go with them."""
     made = layout()
     prompt = made.prompt([Turn("user", text="what is", heard_CF=features(num_frames))])
-    heard = ["<heard>"] * num_heard_positions(num_frames, STACK)
-    assert words(made, prompt) == ["<|user|>", *heard, "<|end|>", "<|assistant|>"]
+    heard = " ".join(["<heard>"] * num_heard_positions(num_frames, STACK))
+    assert words(made, prompt) == f"<|user|> {heard} <|end|> <|assistant|>"
     assert prompt.features_BCF.shape == (1, MELS, num_frames) and prompt.feature_lengths_B.tolist() == [num_frames]
-    assert prompt.ctc_BT.tolist() == [made.text_tokenizer.encode("what is", add_special_tokens=False)]
+    assert prompt.ctc_BT.tolist() == [list(b"what is")]
     assert prompt.counts()["ctc"] == 1.0
 
 
@@ -155,7 +154,7 @@ def test_history_holds_several_turns_and_clips() -> None:
         "<|user|> <heard> <heard> <|end|> <|assistant|> one <|end|> . . . "
         "<|user|> plus two <|end|> <|assistant|> three <|end|> "
         "<|user|> <heard> <heard> <|end|> <|assistant|> four <|end|> . ."
-    ).split()
+    )
     assert example.features_BCF.shape == (2, MELS, 16) and example.feature_lengths_B.tolist() == [16, 9]
     assert torch.equal(example.features_BCF[1, :, :9], features(9))
     assert torch.equal(example.speech_BLX[example.generating_BL], torch.cat([speech(2), speech(1, first=100.0)]))
@@ -166,19 +165,17 @@ def test_without_a_chat_template_the_plain_one_serves() -> None:
     made = layout(template=None)
     turns = [Turn("user", text="what"), Turn("assistant", text="one"), Turn("user", text="two")]
     colon = "<|unknown|>"  # what this vocabulary makes of ":"
-    wanted = f"user {colon} what assistant {colon} one <|end|> user {colon} two assistant {colon}".split()
+    wanted = f"user {colon} what assistant {colon} one <|end|> user {colon} two assistant {colon}"
     assert words(made, made.prompt(turns)) == wanted
-    assert words(made, made.example([*turns, Turn("assistant", text="three")])) == [*wanted, "three", "<|end|>"]
+    assert words(made, made.example([*turns, Turn("assistant", text="three")])) == f"{wanted} three <|end|>"
 
 
 def test_the_task_is_a_system_turn() -> None:
     made = layout()
     speak = made.example([Turn("user", text="one"), Turn("assistant", text="one", speech_LX=speech(1))], "speak")
-    assert words(made, speak)[:7] == "<|system|> speak <|end|> <|user|> one <|end|> <|assistant|>".split()
+    assert words(made, speak).startswith("<|system|> speak <|end|> <|user|> one <|end|> <|assistant|> one")
     transcribe = made.prompt([Turn("user", heard_CF=features(8))], "transcribe")
-    assert words(made, transcribe) == (
-        "<|system|> transcribe <|end|> <|user|> <heard> <|end|> <|assistant|>".split()
-    )
+    assert words(made, transcribe) == "<|system|> transcribe <|end|> <|user|> <heard> <|end|> <|assistant|>"
 
 
 def test_silence_has_no_words() -> None:
@@ -186,9 +183,9 @@ def test_silence_has_no_words() -> None:
     made = layout()
     silent = made.prompt([Turn("user", text="", heard_CF=features(8))])
     assert silent.ctc_BT.shape == (1, 0) and silent.counts()["ctc"] == 0.0
-    assert words(made, made.prompt([Turn("user", text="")])) == "<|user|> <|end|> <|assistant|>".split()
+    assert words(made, made.prompt([Turn("user", text="")])) == "<|user|> <|end|> <|assistant|>"
     both = collate([silent, made.prompt([Turn("user", text="one", heard_CF=features(8))])])
-    assert both.ctc_BT[0].tolist() == [NONE] and both.counts()["ctc"] == 1.0
+    assert bool((both.ctc_BT[0] == NONE).all()) and both.counts()["ctc"] == 1.0
 
 
 def test_words_of_the_user_are_not_markup() -> None:

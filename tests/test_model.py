@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from flowomni.build import assemble, load_model, save_model
 from flowomni.configuration import FlowOmniConfig
@@ -24,10 +23,8 @@ from flowomni.heads import HeadLoss
 from flowomni.layouts import Turn
 from flowomni.modeling import FlowOmniModel
 from flowomni.processing import FlowOmniProcessor
-from flowomni.streams import Streams, collate
-from flowomni.tokenizers import MelTokenizerConfig, TokenSpec
-from tests.tiny import ENCODER, WORDS, save_tiny_parts, tiny_model
-from training.text_tokenizer import build_text_tokenizer
+from flowomni.streams import NONE, Streams, collate
+from tests.tiny import ENCODER, save_tiny_parts, tiny_model
 
 Tiny = tuple[FlowOmniModel, FlowOmniProcessor]
 DIM = 6
@@ -71,6 +68,20 @@ def examples(processor: FlowOmniProcessor) -> list[Streams]:
         make([heard[0], short, heard[1], answer]),
         make([processor.turn("user", "apple"), Turn("assistant", "apple", speech_LX=tokens(1, 2))], "speak"),
     ]
+
+
+def text_only(text_BL: Tensor) -> Streams:
+    """Streams that hold nothing but text."""
+    no_BL = torch.zeros(text_BL.shape, dtype=torch.bool)
+    return Streams(
+        text_BL=text_BL,
+        state_BL=torch.full_like(text_BL, NONE),
+        speech_BLX=torch.full((*text_BL.shape, DIM), float("nan")),
+        heard_BL=no_BL,
+        mask_BL=~no_BL,
+        text_loss_BL=no_BL,
+        state_loss_BL=no_BL,
+    )
 
 
 def watch(model: FlowOmniModel, streams: Streams) -> dict[str, Tensor]:
@@ -295,146 +306,55 @@ def test_the_language_model_inside_is_the_plain_one(tmp_path: Path, tied: bool) 
             assert shared == tied
 
 
-# ---------------------------------------------------------------------------------------------------- save and load
-
-
-def test_a_saved_model_is_the_same_model(tiny: Tiny, tmp_path: Path) -> None:
-    """Also through AutoConfig and AutoModel; the text tokenizer and the layout come back with it."""
-    model, processor = tiny
-    save_model(model, processor, tmp_path)
-    loaded, again = load_model(tmp_path)
-    automatic = AutoModel.from_pretrained(tmp_path, dtype="float32")
-    assert isinstance(AutoConfig.from_pretrained(tmp_path), FlowOmniConfig) and isinstance(automatic, FlowOmniModel)
-    for other in (loaded, automatic):
-        assert not other.training and other.config.to_dict() == model.config.to_dict() | {
-            k: other.config.to_dict()[k] for k in ("architectures", "dtype", "transformers_version", "_name_or_path")
-            if k in other.config.to_dict()
-        }
-        state = other.state_dict()
-        for name, value in model.state_dict().items():
-            assert torch.equal(state[name], value), name
-    assert again.layout.config == processor.layout.config and again.text_eos_id == processor.text_eos_id
-    streams, resaved = examples(processor), examples(again)
-    assert all(torch.equal(a.text_BL, b.text_BL) for a, b in zip(streams, resaved, strict=True))
-
-
-def test_a_text_tokenizer_stays_what_it_was(tiny: Tiny, tmp_path: Path) -> None:
-    """One of our own beside a Qwen2 model once came back with Qwen2's pre-tokenizer: every word spelled, no spaces."""
-    made = build_text_tokenizer(WORDS)
-    _, processor = tiny
-    save_model(*tiny, tmp_path)
-    _, again = load_model(tmp_path)
-    for sentence in ("what is one plus two", "Hello, strange apple"):
-        ids = made.encode(sentence, add_special_tokens=False)
-        for other in (processor, again):
-            assert other.text_tokenizer.encode(sentence, add_special_tokens=False) == ids
-            assert other.decode_text(ids) == made.decode(ids)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_half_precision_halves_the_file(tmp_path: Path, tied: bool) -> None:
-    """Every matrix is kept once, as float16; the loaded model is float32 and close."""
-    model, processor = assemble(**save_tiny_parts(tmp_path / "parts", tied), **SMALL)
-    save_model(model, processor, tmp_path / "full")
-    save_model(model, processor, tmp_path / "half", half=True)
-    with (
-        safe_open(tmp_path / "full" / "model.safetensors", "pt") as full,
-        safe_open(tmp_path / "half" / "model.safetensors", "pt") as half,
-    ):
-        assert set(full.keys()) == set(half.keys())  # noqa: SIM118  a safetensors file is no mapping
-        assert ("llm.lm_head.weight" in half.keys()) is not tied  # noqa: SIM118
-        matrices = [name for name, p in model.named_parameters() if p.ndim > 1]
-        assert all(half.get_tensor(name).dtype == torch.float16 for name in matrices)
-    loaded, _ = load_model(tmp_path / "half")
-    for name, value in model.state_dict().items():
-        assert loaded.state_dict()[name].dtype == value.dtype
-        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=1e-3, atol=1e-6)
-
-
-def test_a_pretrained_model_of_another_precision_becomes_float32(tmp_path: Path) -> None:
-    parts = save_tiny_parts(tmp_path)
-    AutoModelForCausalLM.from_pretrained(parts["llm"]).bfloat16().save_pretrained(parts["llm"])
-    model, _ = assemble(**parts, **SMALL)
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-
-
-# -------------------------------------------------------------------------------------------------------- bad input
-
-
-def test_an_incomplete_checkpoint_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    model, processor = tiny
-    with pytest.raises(ValueError, match="is not a model folder"):
-        load_model(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="holds a 'qwen2' model, not 'flowomni'"):
-        load_model(save_tiny_parts(tmp_path / "parts")["llm"])
-    state = model.state_dict()
-    state.pop("head.net.project_in.weight")
-    model.save_pretrained(tmp_path / "lacking", state_dict=state)
-    with pytest.raises(ValueError, match=r"lacks tensors: head\.net\.project_in\.weight"):
-        load_model(tmp_path / "lacking")
-    save_model(model, processor, tmp_path / "mute")
-    for file in (tmp_path / "mute").glob("tokenizer*"):
-        file.unlink()
-    with pytest.raises(ValueError, match="no text tokenizer there"):
-        load_model(tmp_path / "mute")
-
-
-def test_parts_that_do_not_exist(tmp_path: Path) -> None:
-    parts = save_tiny_parts(tmp_path)
-    for part in ("llm", "speech_tokenizer"):
-        with pytest.raises(ValueError, match=f"^{part}: cannot load"):
-            assemble(**parts | {part: str(tmp_path / "nothing")})
-
-
 @pytest.mark.parametrize(
-    ("sections", "message"),
+    ("family", "settings"),
     [
-        ({"head": {"kind": "flow", "widht": 3}}, r"head\.widht: unknown key; did you mean 'width'"),
-        ({"head": {"kind": "flaw"}}, r"head\.kind is 'flaw'.*flow"),
-        ({"output_blocks": {"num_layer": 2}}, r"output_blocks\.num_layer: .*did you mean 'num_layers'"),
-        ({"output_blocks": {"num_heads": 5}}, r"output_blocks\.num_heads is 5 but llm\.hidden_size is 32"),
-        ({"layout": {"speech_delay": 2}}, r"layout\.speech_delay: .*did you mean 'speech_delay_tokens'"),
-        ({"layout": {"kind": "duplex"}}, r"layout: kind is 'duplex'"),
-        ({"loss": {"text_wieght": 2.0}}, r"loss\.text_wieght: .*did you mean 'text_weight'"),
-        ({"encoder_stack": 0}, "encoder_stack is 0"),
-        ({"encoder_stak": 4}, "encoder_stak: unknown key; did you mean 'encoder_stack'"),
-        ({"llm": {"hidden_size": 8}}, "llm: expected a config with a model_type"),
+        ("llama", {}),
+        ("gpt2", {}),
+        ("qwen3", {"head_dim": 16}),
+        ("mistral", {"sliding_window": 4, "head_dim": 16}),
+        ("gemma2", {"sliding_window": 4, "head_dim": 16, "final_logit_softcapping": 3.0}),
+        ("gemma3_text", {"sliding_window": 4, "head_dim": 16}),
+        ("granite", {"logits_scaling": 7.0, "embedding_multiplier": 3.0}),
+        ("cohere", {"logit_scale": 0.3}),
     ],
 )
-def test_bad_configuration(tiny: Tiny, sections: dict[str, Any], message: str) -> None:
-    values = {"llm": tiny[0].config.llm, "speech_tokenizer": tiny[0].config.speech_tokenizer} | sections
-    with pytest.raises(ValueError, match=message):
-        FlowOmniConfig(**values)
+def test_any_family_gives_its_own_logits_step_by_step(tiny: Tiny, family: str, settings: dict[str, Any]) -> None:
+    """Padded prompt and cached steps, against the language model's own forward pass over the whole text."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
+    kinds = {"num_key_value_heads": 2, "intermediate_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    llm = AutoConfig.for_model(family, **sizes, **(kinds if family != "gpt2" else {}), **settings)
+    config = FlowOmniConfig(
+        llm=llm, speech_tokenizer=tiny[0].config.speech_tokenizer, head=SMALL["head"], output_blocks={"num_layers": 0}
+    )
+    model = FlowOmniModel(config).eval()
+    for parameter in model.llm.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    text_BL = torch.randint(3, 50, (2, 12), generator=torch.Generator().manual_seed(0))
+    x_BLH = model.embed(text_only(text_BL))
+    with torch.no_grad():
+        wanted = model.llm(input_ids=text_BL).logits
+        mask_BL = torch.ones(2, 7, dtype=torch.bool)
+        mask_BL[1, 5:] = False  # the second row's prompt is shorter
+        text_BH, _, state = model.advance(x_BLH[:, :7], mask_BL, model.init_state(2))
+        for step in range(5):
+            logits_BV = model.text_logits(text_BH)
+            torch.testing.assert_close(logits_BV[0], wanted[0, 6 + step], rtol=1e-4, atol=1e-4)
+            if "sliding_window" not in settings:  # or padding takes up places of the window
+                torch.testing.assert_close(logits_BV[1], wanted[1, 4 + step], rtol=1e-4, atol=1e-4)
+            new_BLH = torch.stack([x_BLH[0, 7 + step], x_BLH[1, 5 + step]])[:, None]
+            text_BH, _, state = model.advance(new_BLH, torch.ones(2, 1, dtype=torch.bool), state)
 
 
-class CodesConfig(PreTrainedConfig):
-    """A speech tokenizer of codes, as far as a config is concerned."""
-
-    model_type = "codes_for_a_test"
-    token_spec = TokenSpec("discrete", 0, 4, 64, 24_000, 2_048, 0)
-
-
-def test_a_head_and_a_tokenizer_that_do_not_fit(tiny: Tiny) -> None:
-    """Refused when the configuration is read; the message names both lines."""
-    with pytest.raises(ValueError, match=r"head\.kind is 'flow', .*spec\.kind is 'discrete'"):
-        FlowOmniConfig(llm=tiny[0].config.llm, speech_tokenizer=CodesConfig())
-    FlowOmniConfig(llm=tiny[0].config.llm, speech_tokenizer=MelTokenizerConfig())
-
-
-def test_a_text_tokenizer_without_an_end(tiny: Tiny) -> None:
-    model, _ = tiny
-    endless = build_text_tokenizer(["one"])
-    endless.eos_token = None
-    values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "text_eos_id")}
-    with pytest.raises(ValueError, match="text_eos_id is not set and the text tokenizer has no eos token"):
-        FlowOmniProcessor(FlowOmniConfig(**values), endless, model.speech_tokenizer.spec)
-    ended = FlowOmniProcessor(FlowOmniConfig(**values, text_eos_id=7), endless, model.speech_tokenizer.spec)
-    assert ended.text_eos_id == 7
+# ------------------------------------------------------------------------------------------------------ fewer parts
 
 
 def test_a_model_without_ears() -> None:
     model, processor = tiny_model(encoder=None)
-    streams = processor.layout.example([processor.turn("user", "one"), Turn("assistant", "two", speech_LX=tokens(2, 0))])
+    streams = processor.layout.example(
+        [processor.turn("user", "one"), Turn("assistant", "two", speech_LX=tokens(2, 0))]
+    )
     assert set(model(streams)) >= {"text", "state", "speech"}
     with pytest.raises(ValueError, match="no speech encoder: it takes text only"):
         processor.turn("user", wav_S=noise_wav(0.5, 0))

@@ -1,4 +1,4 @@
-"""Laws of training: one batch overfits, and how a run is cut up (micro-batches, processes, restarts) changes nothing."""
+"""Laws of training: a batch overfits; how a run is cut up (micro-batches, processes, restarts) changes nothing."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from training.stages.text import TextOptions, TextStage
 from training.train import RunOptions, learning_rate_factor, optimize, parameter_groups, train
 
 ROOT = Path(__file__).resolve().parent.parent
+ANSWERS = ("one", "two", "three", "four", "five", "hello")
 LLM = {
     "model_type": "qwen2",
     "hidden_size": 16,
@@ -60,7 +61,7 @@ def speech_options(tmp_path_factory: pytest.TempPathFactory) -> SpeechOptions:
     (folder / "audio").mkdir()
     rng = np.random.default_rng(0)
     lines = []
-    for index, word in enumerate("one two three four five hello".split()):
+    for index, word in enumerate(ANSWERS):
         seconds, answer_sec = 0.3 + 0.1 * index, 0.2 + 0.08 * index
         soundfile.write(folder / f"audio/q{index}.flac", 0.1 * rng.standard_normal(int(seconds * 16_000)), 16_000)
         tone = 0.3 * np.sin(2 * np.pi * 110 * (index + 2) * np.arange(int(answer_sec * 24_000)) / 24_000)
@@ -117,11 +118,11 @@ def test_one_batch_overfits() -> None:
     texts = ["the answer is three", "sorry", "hello"]
     says = [Turn("assistant", text, speech_LX=speech) for text, speech in zip(texts, spoken, strict=True)]
     batch = collate([processor.layout.example([a, s]) for a, s in zip(asks, says, strict=True)])
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=4e-3)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=6e-3)
     generator = torch.Generator().manual_seed(0)
     first: dict[str, float] = {}
     model.train()
-    for _ in range(200):
+    for _ in range(120):
         losses = {k: v.sum / v.count for k, v in model(batch, generator).items() if "/" not in k and k != "ctc"}
         first = first or {k: float(v.detach()) for k, v in losses.items()}
         optimizer.zero_grad()
@@ -194,7 +195,7 @@ def test_an_epoch_holds_every_conversation_once(speech_options: SpeechOptions) -
         rows = [row for index in range(3) for row in rows_of(stage.batch(3 * epoch + index, 0, 1))]
         tokenizer = stage.processor.text_tokenizer
         said = [tokenizer.decode(row.text_BL[0][row.text_loss_BL[0]], skip_special_tokens=True) for row in rows]
-        assert sorted(said) == sorted("one two three four five hello".split())
+        assert sorted(said) == sorted(ANSWERS)
 
 
 def test_two_processes_are_one(speech_options: SpeechOptions, tmp_path: Path) -> None:
@@ -249,7 +250,7 @@ def check_resume(run: Callable[[str], RunOptions], options: Any, stage_class: ty
     before = log.read_text()
     log.write_text(before + '{"step": 99, "loss')  # as a killed process leaves it
     resumed = train(run("cut"), options, stage_class)
-    assert log.read_text().splitlines()[:3] == before.splitlines()[:3]  # it did go on, and not from the beginning
+    assert log.read_text().splitlines()[:2] == before.splitlines()[:2]  # it did go on, and not from the beginning
     assert read_log(resumed.parent) == read_log(straight.parent)
     wanted, found = (load_file(folder / "model.safetensors") for folder in (straight, resumed))
     assert wanted.keys() == found.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
@@ -267,9 +268,9 @@ def test_a_resumed_speech_run_is_the_run_that_never_stopped(
     options = dataclasses.replace(speech_options, trains=TrainsOptions(llm=llm))
 
     def run(name: str) -> RunOptions:
-        return run_options(tmp_path / name, stage="speech", max_steps=5, accumulation=2)
+        return run_options(tmp_path / name, stage="speech", max_steps=4, save_every=2, accumulation=2)
 
-    check_resume(run, options, SpeechStage, cut_at=8)
+    check_resume(run, options, SpeechStage, cut_at=6)
     model, _ = load_model(tmp_path / "cut" / "final")  # adapters are merged: it is a plain model again
     assert not any("lora" in name for name in model.state_dict())
 

@@ -186,7 +186,7 @@ def _head(values: Mapping[str, Any]) -> None:
 
 def _llm(values: Mapping[str, Any]) -> None:
     kind = values.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ValueError(f"llm.model_type: unknown model type {kind!r}{nearest(str(kind), list(CONFIG_MAPPING))}")
     _transformers_config(CONFIG_MAPPING[kind], values, "llm")
 

@@ -37,7 +37,10 @@ def add_lora(llm: nn.Module, options: LoraOptions) -> LoraModel:
     linear = sorted({n.rsplit(".", 1)[-1] for n, m in llm.named_modules() if isinstance(m, nn.Linear)})
     for target in options.targets:
         if target not in linear:
-            raise ValueError(f"lora.targets has {target!r}, which is no linear layer{nearest(target, linear)}; there are {', '.join(linear)}")
+            raise ValueError(
+                f"lora.targets has {target!r}, which is no linear layer{nearest(target, linear)}; "
+                f"there are {', '.join(linear)}"
+            )
     config = LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=options.targets, lora_dropout=0.0)
     return LoraModel(llm, {"default": config}, "default")
 

@@ -1,4 +1,4 @@
-"""Conversations of a corpus: a JSONL manifest, one conversation a line, audio paths relative to the manifest's folder."""
+"""Conversations of a corpus: a JSONL manifest, one conversation a line, audio paths relative to its folder."""
 
 from __future__ import annotations
 

@@ -144,10 +144,11 @@ def _speech_config(options: SpeechOptions, sizes: Sizes) -> FlowOmniConfig:
             raise ValueError(
                 f"options.parts.encoder: {parts.encoder!r} is a {encoder.model_type!r} checkpoint, not a Whisper"
             )
+    speech_tokenizer: Any = sizes.of(parts.speech_tokenizer, "options.parts.speech_tokenizer")
     return FlowOmniConfig(
         llm=sizes.of(parts.llm, "options.parts.llm"),
         encoder=encoder,
-        speech_tokenizer=sizes.of(parts.speech_tokenizer, "options.parts.speech_tokenizer"),
+        speech_tokenizer=speech_tokenizer,
         head=parts.head,
         output_blocks=parts.output_blocks,
         layout=parts.layout,

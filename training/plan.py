@@ -116,6 +116,7 @@ def activations(module: nn.Module | Iterable[nn.Module], num_positions: float, n
     """
     total = 0
     for part in [module] if isinstance(module, nn.Module) else module:
+        layer: Any
         for layer in part.modules():
             kind = type(layer).__name__
             if isinstance(layer, nn.Linear):
@@ -180,13 +181,14 @@ def _speech(model: FlowOmniModel, options: SpeechOptions, num_bytes: int) -> tup
     upstream = [*ears, model.head, model.state_embedding, model.llm]
     flows = any(_trains(module) for module in upstream)
     body = model.llm.base_model
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    table: Any = model.get_input_embeddings()
+    vocabulary = table.weight.shape[0]
     ctc = getattr(model, "ctc", None)
     draws = getattr(model.head.config, "num_draws", 1)
     parts = [
         _part("encoder", ears[:1], kept(ears[0], num_frames) if hears else 0),
         _part("projector", ears[1:], kept(ears[1], num_heard) if ears else 0),
-        _part("ctc", [ctc], rows * math.ceil(num_heard) * vocabulary * LOGIT_BYTES if ctc is not None else 0),
+        _part("ctc", [ctc], rows * math.ceil(num_frames) * ctc.num_classes * LOGIT_BYTES if ctc is not None else 0),
         _part("llm", [model.llm], kept(body, length) * flows + int(rows * num_text * vocabulary * LOGIT_BYTES)),
         _part("output blocks", [model.output_blocks], kept(model.output_blocks, length) if spoken_sec else 0),
         _part("state embedding", [model.state_embedding]),

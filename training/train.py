@@ -6,7 +6,6 @@ average -> log -> evaluate -> checkpoint. What is trained stands in `training/st
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
@@ -22,7 +21,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import nn
 from tqdm.auto import tqdm
-
 
 from .checkpoint import Checkpoints
 from .config import parse
@@ -81,7 +79,16 @@ class RunOptions:
 
 
 # a run that goes on may change these without becoming another run
-_NOT_IN_FINGERPRINT = ("options.attention", "output_dir", "log_every", "eval_every", "save_every", "keep_checkpoints", "num_threads", "wandb")
+_NOT_IN_FINGERPRINT = (
+    "options.attention",
+    "output_dir",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "keep_checkpoints",
+    "num_threads",
+    "wandb",
+)
 
 
 def train(run: RunOptions, options: Any, stage_class: Callable[..., Stage]) -> Path:
@@ -93,7 +100,7 @@ def train(run: RunOptions, options: Any, stage_class: Callable[..., Stage]) -> P
     """
     if run.num_threads:
         torch.set_num_threads(run.num_threads)
-    # a batch of one task leaves parts of the model unused (nothing heard, nothing spoken), and which ones differs by process
+    # a batch of one task leaves parts of the model unused (nothing heard, nothing spoken), other ones on each process
     parallel = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(mixed_precision=run.mixed_precision, kwargs_handlers=[parallel])
     torch.manual_seed(run.seed)
@@ -101,7 +108,9 @@ def train(run: RunOptions, options: Any, stage_class: Callable[..., Stage]) -> P
     folder = Path(run.output_dir)
     settings = asdict(run) | {f"options.{k}": v for k, v in asdict(options).items()}
     fingerprint = {k: v for k, v in settings.items() if k not in _NOT_IN_FINGERPRINT}
-    optimizer = torch.optim.AdamW(parameter_groups(stage.module, run.weight_decay), lr=run.learning_rate, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(
+        parameter_groups(stage.module, run.weight_decay), lr=run.learning_rate, betas=(0.9, 0.99)
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, run))
     module, optimizer = accelerator.prepare(stage.module, optimizer)
     ema = Ema(stage.module, run.ema_decay)  # after `prepare`, which moves the parameters to their device
@@ -134,7 +143,9 @@ def train(run: RunOptions, options: Any, stage_class: Callable[..., Stage]) -> P
         last = done == run.max_steps
         if last or (run.eval_every and done % run.eval_every == 0):
             if accelerator.is_main_process:
-                logs.write(done, evaluate(stage, ema, folder / "samples" / f"step_{done:08d}", done), show=progress.write)
+                logs.write(
+                    done, evaluate(stage, ema, folder / "samples" / f"step_{done:08d}", done), show=progress.write
+                )
             accelerator.wait_for_everyone()
             since, tokens = time.perf_counter(), 0
         if last or (run.save_every and done % run.save_every == 0):
@@ -160,8 +171,8 @@ def optimize(
 ) -> dict[str, float]:
     """One optimizer step over the micro-batches of all processes; returns the mean loss of each part over all of them.
 
-    Data and randomness of a micro-batch depend on its place among all micro-batches of the step, not on which process it
-    falls to: two processes with one each are one process with two.
+    Data and randomness of a micro-batch depend on its place among all micro-batches of the step, not on which process
+    it falls to: two processes with one each are one process with two.
     """
     module.train()
     counts = global_counts(stage, batches, accelerator)

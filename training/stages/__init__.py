@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import Stage
+from .hearing import HearingStage
 from .speech import SpeechStage
 from .text import TextStage
 from .tokenizer import TokenizerStage
@@ -12,5 +13,6 @@ STAGES: dict[str, type[Stage]] = {
     "vocoder": VocoderStage,
     "tokenizer": TokenizerStage,
     "text": TextStage,
+    "hearing": HearingStage,
     "speech": SpeechStage,
 }

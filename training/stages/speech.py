@@ -26,6 +26,7 @@ from flowomni.processing import HEARD_RATE_HZ
 from flowomni.streams import Streams, collate
 from flowomni.tokenizers import SpeechTokenizer
 
+from ..batching import length_batches, spec_augment
 from ..lora import LoraOptions, add_lora, merge_lora
 from ..manifest import Conversation, Utterance, read_manifest
 from .base import Stage, rng_for
@@ -80,8 +81,8 @@ class SpeechOptions:
         batch_size: conversations per micro-batch.
         max_example_sec: longer conversations are left out (counted and printed).
         mask_time_frames, mask_mel_bins: largest masked span of the heard features in training (SpecAugment).
-        attention: implementation of attention in training; "eager" is faster on CPUs for short sequences (flash attention's
-            backward pass costs more there than the score matrix), "sdpa" elsewhere.
+        attention: implementation of attention in training; "eager" is faster on CPUs for short sequences (flash
+            attention's backward pass costs more there than the score matrix), "sdpa" elsewhere.
         num_eval: held-out conversations that are answered aloud at each evaluation.
     """
 
@@ -128,10 +129,10 @@ class SpeechStage(Stage):
         self.train = self._fitting(read_manifest(options.manifest, "train"))
         self.valid = read_manifest(options.manifest, "valid") if options.num_eval else []
         self.words = sorted({word for c in self.train for word in c.answer.text.split()})
-        names = list(options.tasks)
+        names = sorted(options.tasks)  # their order in the file means nothing
         shares = np.array([options.tasks[n] for n in names], dtype=float)
         self.task_names, self.task_shares = names, shares / shares.sum()
-        self._features: dict[Path, Tensor] = {}
+        self._features: dict[Path, np.ndarray] = {}
         self._tokens: dict[Path, Tensor] = {}
         self._plans: dict[int, list[list[tuple[int, str]]]] = {}
 
@@ -160,18 +161,14 @@ class SpeechStage(Stage):
         return collate([self._example(self.train[i], task, rng) for i, task in self._plan(epoch)[position]])
 
     def _plan(self, epoch: int) -> list[list[tuple[int, str]]]:
-        """Batches of one epoch: a seeded order, cut into pools that are sorted by length so that padding stays small."""
+        """Batches of (conversation, task) of one epoch, alike in length."""
         if epoch not in self._plans:
             rng = rng_for(self.seed, epoch, 4)
-            order = rng.permutation(len(self.train))
-            tasks = rng.choice(self.task_names, size=len(order), p=self.task_shares)
-            chosen = [(int(i), self._possible(self.train[i], str(t))) for i, t in zip(order, tasks, strict=True)]
-            size = min(self.options.batch_size, len(chosen))
-            batches = []
-            for start in range(0, len(chosen), size * 16):
-                pool = sorted(chosen[start : start + size * 16], key=lambda c: self._length(self.train[c[0]], c[1]))
-                batches += [pool[i : i + size] for i in range(0, len(pool) - size + 1, size)]
-            self._plans = {epoch: [batches[i] for i in rng.permutation(len(batches))]}
+            drawn = rng.choice(self.task_names, size=len(self.train), p=self.task_shares)
+            tasks = [self._possible(c, str(t)) for c, t in zip(self.train, drawn, strict=True)]
+            lengths = [self._length(c, t) for c, t in zip(self.train, tasks, strict=True)]
+            batches = length_batches(lengths, self.options.batch_size, rng)
+            self._plans = {epoch: [[(i, tasks[i]) for i in batch] for batch in batches]}
         return self._plans[epoch]
 
     def _possible(self, item: Conversation, task: str) -> str:
@@ -204,7 +201,9 @@ class SpeechStage(Stage):
             asks = Turn("user", text=question.text)
         else:
             heard_CF = self._heard(question)
-            asks = Turn("user", text=question.text, heard_CF=heard_CF if rng is None else self._masked(heard_CF, rng))
+            if rng is not None:
+                heard_CF = spec_augment(heard_CF, rng, self.options.mask_time_frames, self.options.mask_mel_bins)
+            asks = Turn("user", text=question.text, heard_CF=torch.from_numpy(heard_CF))
         says = Turn(
             "assistant",
             text=question.text if task == "transcribe" else answer.text,
@@ -212,12 +211,12 @@ class SpeechStage(Stage):
         )
         return self.processor.layout.example([asks, says], instruction)
 
-    def _heard(self, turn: Utterance) -> Tensor:
+    def _heard(self, turn: Utterance) -> np.ndarray:
         assert turn.audio is not None
         if turn.audio not in self._features:
             clip = read_audio(turn.audio, HEARD_RATE_HZ, max_sec=self.processor.max_heard_sec)
-            self._features[turn.audio] = self.processor.heard_features.features(clip.wav_S).half()
-        return self._features[turn.audio].float()
+            self._features[turn.audio] = self.processor.heard_features.features(clip.wav_S).numpy().astype(np.float16)
+        return self._features[turn.audio].astype(np.float32)
 
     def _spoken(self, turn: Utterance) -> Tensor:
         assert turn.audio is not None
@@ -229,20 +228,6 @@ class SpeechStage(Stage):
             self._tokens[turn.audio] = token_BLX[0, mask_BL[0]].cpu()
         return self._tokens[turn.audio]
 
-    def _masked(self, heard_CF: Tensor, rng: np.random.Generator) -> Tensor:
-        heard_CF = heard_CF.clone()
-        fill = float(heard_CF.mean())
-        mels, frames = heard_CF.shape
-        if self.options.mask_mel_bins:
-            width = int(rng.integers(0, self.options.mask_mel_bins + 1))
-            start = int(rng.integers(0, max(1, mels - width)))
-            heard_CF[start : start + width] = fill
-        if self.options.mask_time_frames:
-            width = min(int(rng.integers(0, self.options.mask_time_frames + 1)), frames // 8)
-            start = int(rng.integers(0, max(1, frames - width)))
-            heard_CF[:, start : start + width] = fill
-        return heard_CF
-
     def counts(self, batch: Streams) -> dict[str, float]:
         return batch.counts()
 
@@ -252,7 +237,7 @@ class SpeechStage(Stage):
     # ---------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, folder: Path, step: int) -> dict[str, float]:
-        """Answer held-out questions aloud, listen to them with the recogniser, and measure the losses on held-out data."""
+        """Answer held-out questions aloud, listen with the recogniser, and measure the losses on held-out data."""
         if not self.valid:
             return {}
         items = [self.valid[i] for i in range(0, len(self.valid), max(1, len(self.valid) // self.options.num_eval))]

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from flowomni.configuration import LayoutConfig
 from flowomni.layouts import Turn, TurnLayout
 from flowomni.losses import Loss
-from flowomni.strict import strict
 from flowomni.streams import Streams, collate
+from flowomni.strict import strict
 
 from ..talk_text import FAMILIES, WORDS, Pair, number_words, sample_family, sample_pair, vocabulary
 from ..text_tokenizer import build_text_tokenizer
