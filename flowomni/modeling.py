@@ -58,7 +58,8 @@ class OutputBlocks(nn.Module):
                 eos_token_id=None,
             )
         )
-        self.blocks.embed_tokens = None  # reads hidden states only; an unused table would distort parameter counts
+        # reads hidden states only; an unused table would distort parameter counts
+        self.blocks.embed_tokens = None  # type: ignore[assignment]
 
     def forward(
         self, hidden_BLH: Tensor, mask_BL: Tensor | None, position_BL: Tensor, cache: DynamicCache | None

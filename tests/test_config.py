@@ -55,7 +55,10 @@ WRONG = {
     "head": (change("options.parts.head", widht=3), "options.parts.head.widht: unknown key; did you mean 'width'?"),
     "blocks": (change("options.parts.output_blocks", layers=3), "did you mean 'num_layers'?"),
     "layout": (change("options.parts.layout", speech_delay=3), "did you mean 'speech_delay_tokens'?"),
-    "encoder": (change("options.parts.encoder", d_modle=3), "did you mean 'd_model'?"),
+    "encoder": (
+        change("options.parts", encoder={"d_modle": 3}),
+        "options.parts.encoder.d_modle: unknown key of WhisperConfig; did you mean 'd_model'?",
+    ),
     "number": (change("", max_steps="many"), "max_steps: Expected a int. Got value: many"),
     "inner number": (change("options.parts", encoder_stack="x"), "options.parts.encoder_stack: Expected a int."),
     "choice": (
@@ -110,6 +113,13 @@ def test_a_language_model_of_ones_own_is_checked() -> None:
         ValueError, match="options.llm.hiden_size: unknown key of Qwen2Config; did you mean 'hidden_size'"
     ):
         parsed(CONFIGS / "tiny/text.yaml", "--options.llm.hiden_size", "3")
+
+
+def test_an_encoder_of_ones_own_is_checked() -> None:
+    with pytest.raises(
+        ValueError, match="options.encoder.d_modle: unknown key of WhisperConfig; did you mean 'd_model'"
+    ):
+        parsed(CONFIGS / "tiny/hearing.yaml", "--options.encoder.d_modle", "3")
 
 
 def test_arguments_override_the_file() -> None:

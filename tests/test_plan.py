@@ -20,6 +20,7 @@ from training.config import parse
 from training.outline import CONFIGS, Sizes, outline
 from training.plan import Plan, activations, plan
 from training.stages import STAGES
+from training.stages.hearing import HearingOptions, HearingStage
 from training.stages.speech import PartsOptions, SpeechOptions, SpeechStage, TrainsOptions
 from training.stages.text import TextOptions, TextStage
 from training.train import RunOptions, main
@@ -113,6 +114,20 @@ def test_plan_of_a_text_stage() -> None:
     llm = {"model_type": "qwen2", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     options = TextOptions(llm=llm | {"num_attention_heads": 2, "num_key_value_heads": 2})
     assert skeleton(outline(options, Sizes())) == skeleton(TextStage(options, seed=0).module)
+
+
+def test_plan_of_a_hearing_stage(corpus: str) -> None:
+    options = HearingOptions(manifest=corpus, encoder=ENCODER)
+    stage, found = HearingStage(options, seed=0), plan(RUN, options)
+    assert skeleton(found.module) == skeleton(stage.module)
+    assert numbers(found) == {"encoder": counts(stage.module.encoder), "ctc": counts(stage.module.ctc)}
+
+
+def test_an_encoder_not_made_yet_has_the_sizes_of_its_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    made, used = plan_of(CONFIGS / "tiny/hearing.yaml"), plan_of(CONFIGS / "tiny/align.yaml")
+    assert numbers(used)["encoder"] == numbers(made)["encoder"]
+    assert used.sources["runs/tiny/hearing/final"].endswith("configs/tiny/hearing.yaml")
 
 
 @pytest.mark.parametrize("file", STAGE_FILES, ids=lambda file: str(file.relative_to(CONFIGS)))

@@ -26,7 +26,7 @@ def length_batches(lengths: Sequence[float], batch_size: int, rng: np.random.Gen
 
 
 def spec_augment(features_CF: np.ndarray, rng: np.random.Generator, max_frames: int, max_bins: int) -> np.ndarray:
-    """A copy of log-mel features with one span of time and one of frequency at the mean (SpecAugment, arXiv 1904.08779).
+    """A copy of log-mel features with a span of time and one of frequency at the mean (SpecAugment, arXiv 1904.08779).
 
     Args:
         max_frames, max_bins: largest width of each span; a time span never covers more than an eighth of the clip.

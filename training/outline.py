@@ -17,11 +17,13 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, WhisperConfig
 
 from flowomni.configuration import FlowOmniConfig
+from flowomni.encoder import SpeechEncoder
 from flowomni.modeling import FlowOmniModel, register
 from flowomni.tokenizers import AutoencoderConfig, MelTokenizer, MelTokenizerConfig
 
 from .config import parse, read_yaml
 from .stages import STAGES
+from .stages.hearing import HearingOptions, HearingTraining
 from .stages.speech import SpeechOptions, set_trainable
 from .stages.text import TextOptions, TextStage
 from .stages.tokenizer import TokenizerOptions, TokenizerTraining
@@ -90,6 +92,8 @@ class Sizes:
         module: Any = outline(parsed.options, inner)
         if isinstance(module, FlowOmniModel):
             return module.config
+        if isinstance(module, HearingTraining):
+            return module.encoder.config
         return (module.llm if isinstance(parsed.options, TextOptions) else module.tokenizer).config
 
 
@@ -121,6 +125,10 @@ def _tokenizer(options: TokenizerOptions, sizes: Sizes) -> nn.Module:
 
 def _text(options: TextOptions, sizes: Sizes) -> nn.Module:
     return TextStage(options, seed=0).module  # reads no data
+
+
+def _hearing(options: HearingOptions, sizes: Sizes) -> nn.Module:
+    return HearingTraining(SpeechEncoder(WhisperConfig(**options.encoder)))
 
 
 def _speech(options: SpeechOptions, sizes: Sizes) -> nn.Module:
@@ -173,5 +181,6 @@ OUTLINES: dict[type, Callable[..., nn.Module]] = {
     VocoderOptions: _vocoder,
     TokenizerOptions: _tokenizer,
     TextOptions: _text,
+    HearingOptions: _hearing,
     SpeechOptions: _speech,
 }

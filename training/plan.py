@@ -15,6 +15,7 @@ from torch import nn
 from flowomni.modeling import FlowOmniModel
 
 from .outline import Sizes, outline
+from .stages.hearing import HearingOptions, HearingTraining
 from .stages.speech import TASKS, SpeechOptions
 from .stages.text import TextOptions
 from .stages.tokenizer import TokenizerTraining
@@ -143,6 +144,8 @@ def plan(run: RunOptions, options: Any, sizes: Sizes | None = None) -> Plan:
         parts, flowing, longest = _speech(module, options, num_bytes)
     elif isinstance(options, TextOptions):
         parts, flowing, longest = _text(module, options, num_bytes)
+    elif isinstance(module, HearingTraining):
+        parts, flowing, longest = _hearing(module, options, num_bytes)
     else:
         assert isinstance(module, VocoderTraining | TokenizerTraining)
         parts, flowing, longest = _tokenizer(module, num_bytes)
@@ -208,6 +211,19 @@ def _text(module: nn.Module, options: TextOptions, num_bytes: int) -> tuple[list
     logits = num_positions * llm.get_input_embeddings().weight.shape[0] * LOGIT_BYTES
     part = _part("llm", [llm], kept + logits)
     return [part], part.num_parameters, f"{options.batch_size} conversations of {TALK_TOKENS} positions"
+
+
+def _hearing(module: HearingTraining, options: HearingOptions, num_bytes: int) -> tuple[list[Part], int, str]:
+    """Encoder and classifier. The longest clip fills the encoder's window, and what is longer is cut to it."""
+    num_frames = module.encoder.config.max_source_positions
+    num_positions = options.batch_size * num_frames
+    kept = activations(module.encoder, num_positions, num_bytes, num_frames if options.attention == "eager" else 0)
+    parts = [
+        _part("encoder", [module.encoder], kept),
+        _part("ctc", [module.ctc], num_positions * module.ctc.num_classes * LOGIT_BYTES),
+    ]
+    longest = f"{options.batch_size} clips of {module.encoder.max_heard_sec:g} s, {num_frames} encoder frames each"
+    return parts, sum(part.num_parameters for part in parts), longest
 
 
 def _tokenizer(module: VocoderTraining | TokenizerTraining, num_bytes: int) -> tuple[list[Part], int, str]:

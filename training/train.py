@@ -135,7 +135,7 @@ def train(run: RunOptions, options: Any, stage_class: Callable[..., Stage]) -> P
         done = step + 1
         if done % run.log_every == 0 or done == run.max_steps:
             elapsed = time.perf_counter() - since
-            values |= {"learning_rate": scheduler.get_last_lr()[0], "tokens_per_sec": tokens / elapsed}
+            values |= {"learning_rate": float(scheduler.get_last_lr()[0]), "tokens_per_sec": tokens / elapsed}
             logs.write(done, values)
             progress.set_postfix({k: f"{v:.3g}" for k, v in values.items() if "/" not in k or k == "loss/total"})
             tokens, since = 0, time.perf_counter()

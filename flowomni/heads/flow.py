@@ -288,7 +288,7 @@ class FlowHead(SpeechHead):
         return lambda x_ND, s_N1, t_N1: self.net(x_ND, condition_NA + self.time_conditioner(s_N1, t_N1))
 
     def default_sampling(self) -> FlowSampling:
-        """What the config's `sampling` says; without it 16 Euler steps for "cfm", one jump of the flow map for "lsd"."""
+        """The config's `sampling`; without it 16 Euler steps for "cfm", one jump of the flow map for "lsd"."""
         if self.config.sampling is not None:
             return strict(FlowSampling, self.config.sampling, "head.sampling")
         return FlowSampling() if self.config.objective == "cfm" else FlowSampling(solver="map", num_steps=1)

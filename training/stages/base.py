@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from torch import nn
 
 from flowomni.losses import Loss
 
@@ -31,7 +30,7 @@ class Stage(ABC):
     """
 
     Options: ClassVar[type]
-    module: nn.Module
+    module: Any  # an nn.Module; each stage knows its own class
     weights: dict[str, float]
 
     @abstractmethod

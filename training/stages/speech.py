@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from flowomni.api import FlowOmni, Question
 from flowomni.audio import read_audio
 from flowomni.build import assemble, load_model, save_model
+from flowomni.configuration import FlowOmniConfig
 from flowomni.encoder import num_heard_positions, num_mel_frames
 from flowomni.evaluation import hear
 from flowomni.evaluation.metrics import word_error_rate
@@ -297,7 +298,7 @@ def with_head(model: FlowOmniModel, changes: dict[str, Any]) -> FlowOmniModel:
     """The same weights under a head section with `changes` (another objective, other noise); sizes must stay."""
     values = model.config.to_dict()
     values["head"] = {**model.config.head, **changes}
-    changed = FlowOmniModel(type(model.config)(**{k: v for k, v in values.items() if k != "model_type"}))
+    changed = FlowOmniModel(FlowOmniConfig(**{k: v for k, v in values.items() if k != "model_type"}))
     changed.load_state_dict(model.state_dict())
     return changed
 
