@@ -40,10 +40,11 @@ def omni() -> FlowOmni:
             for parameter in block.parameters():
                 if parameter.ndim > 1:
                     parameter *= 4  # far from the identity, or every answer would repeat its prompt
-        model.llm.lm_head = torch.nn.Linear(32, len(processor.text_tokenizer), bias=False)
-        model.llm.lm_head.weight.normal_(generator=generator)
-        model.llm.lm_head.weight[:50] = 0  # no special tokens, few letters
-        model.llm.lm_head.weight[processor.text_eos_id].normal_(std=4.0, generator=generator)
+        model.llm.lm_head = torch.nn.Linear(32, len(processor.text_tokenizer))
+        model.llm.lm_head.weight.normal_(std=0.4, generator=generator)
+        model.llm.lm_head.bias[:] = 0.0
+        model.llm.lm_head.bias[:50] = -1e4  # no special tokens, few letters
+        model.llm.lm_head.bias[processor.text_eos_id] = 4.5  # about one token in six
         model.state_head.classify.weight *= 3  # decided, yet far from the thresholds NEVER and ALWAYS
         model.state_head.classify.bias[SpeechState.STOP] -= 1.5
     return FlowOmni(model, processor)
@@ -277,7 +278,7 @@ def test_generation_reads_what_training_shows(omni: FlowOmni, monkeypatch: pytes
     asks = omni.processor.turn("user", wav_S=wav(0.5, 0)[0])
     for seed in range(50):  # until one ends by itself, after some words
         read.clear()
-        steps = run(omni, [omni.processor.prompt([asks])], [seed], text_temperature=1.0)
+        steps = run(omni, [omni.processor.prompt([asks])], [seed], text_temperature=1.0, stop_threshold=0.1)
         if steps[-1].done[0] and len(steps) > 3:
             break
     assert steps[-1].done[0]

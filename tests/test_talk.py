@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -321,8 +322,10 @@ def test_interrupt(model: str, tmp_path: Path) -> None:
     """Ctrl-C in the middle of the work: one line, status 130, no file."""
     files = [write_question(tmp_path / f"{index:02}.wav", 80_000) for index in range(40)]
     command = [sys.executable, "-m", "inference.talk", *files, "--out-dir", str(tmp_path / "out"), "--model", model]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # where the tests run in the background of a script, Ctrl-C is ignored, and a child inherits that
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, cwd=ROOT, preexec_fn=heed, **pipes) as process:  # type: ignore[call-overload]
         process.stdout.readline()  # the first answer is there
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate()

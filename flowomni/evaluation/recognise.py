@@ -23,6 +23,13 @@ from ..audio import resample
 RECOGNISER_RATE_HZ = 16_000
 # Shorter than any word; of so little audio pocketsphinx makes no frame, and complains.
 _SHORTEST_SEC = 0.05
+# The rest is tuned for the lowest word error rate on reference recordings of the corpus's answers (valid split, 371
+# words), never on a model's: 15 % to 2 % in the loop, 21 % to 12 % in open vocabulary. The warp does most. It moves the
+# knee of the mel scale from 700 to 1400 Hz, which suits the corpus's female voice; 1.8 to 2.3 do about as well.
+_SILENCE_SEC = 0.15  # before and after the clip
+_WARP = "2.0"
+# In the loop the language weight is but a cost per word, and the search over the word lattice loses words.
+_LOOP_OPTIONS = {"lw": 4.5, "fwdflatlw": 6.0, "bestpath": False}
 _VARIANT = re.compile(r"\(\d+\)$")  # the dictionary's name of a further pronunciation, as in `either(2)`
 
 
@@ -75,6 +82,7 @@ class Recogniser:
         if len(wav_S) < _SHORTEST_SEC * sample_rate_hz or not wav_S.any():
             return ""
         wav_S = resample(wav_S, sample_rate_hz, RECOGNISER_RATE_HZ)
+        wav_S = np.pad(wav_S, int(_SILENCE_SEC * RECOGNISER_RATE_HZ))
         pcm_S = np.clip(np.rint(wav_S * 32767.0), -32768, 32767).astype("<i2")
         self._decoder.start_utt()
         # As one whole utterance, so that the cepstral mean is this clip's own and not a running one.
@@ -87,7 +95,7 @@ class Recogniser:
 def _decoder(**options: Any) -> Any:
     import pocketsphinx
 
-    return pocketsphinx.Decoder(samprate=RECOGNISER_RATE_HZ, loglevel="FATAL", **options)
+    return pocketsphinx.Decoder(samprate=RECOGNISER_RATE_HZ, loglevel="FATAL", warp_params=_WARP, **options)
 
 
 def _pronunciations(words: list[str]) -> dict[str, list[str]]:
@@ -119,7 +127,7 @@ def _word_loop(pronunciations: dict[str, list[str]]) -> Any:
         dictionary, model = Path(folder, "words.dict"), Path(folder, "words.lm")
         dictionary.write_text("".join(line for lines in pronunciations.values() for line in lines), encoding="utf-8")
         model.write_text("\n".join(lines), encoding="utf-8")
-        decoder = _decoder(lm=None, dict=str(dictionary))
+        decoder = _decoder(lm=None, dict=str(dictionary), **_LOOP_OPTIONS)
         decoder.add_lm("loop", pocketsphinx.NGramModel(decoder.config, decoder.logmath, str(model)))
     decoder.activate_search("loop")
     return decoder
