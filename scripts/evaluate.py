@@ -229,9 +229,9 @@ def print_tables(summary: dict[str, dict[str, Interval]]) -> None:
     """The tables as text. `n` is the number of questions."""
     width = max(map(len, summary))
     for title, columns in TABLES.items():
-        print(f"\n{title}\n{'':{width}} {'n':>5}" + "".join(f"{heading:>21}" for _, heading, _, _ in columns))
+        print(f"\n{title}\n{'':{width}} {'n':>5}" + "".join(f"{heading:>24}" for _, heading, _, _ in columns))
         for name, metrics in summary.items():
-            row = "".join(f"{cell:>21}" for cell in cells(metrics, columns))
+            row = "".join(f"{cell:>24}" for cell in cells(metrics, columns))
             print(f"{name:{width}} {metrics['text_accuracy'].num:>5}{row}")
 
 
