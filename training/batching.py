@@ -16,6 +16,8 @@ def length_batches(lengths: Sequence[float], batch_size: int, rng: np.random.Gen
         lengths: of every example, in any unit.
         batch_size: examples per batch; what does not fill the last batch of a pool is left out this epoch.
     """
+    if not len(lengths):
+        raise ValueError("there is nothing to make batches of: the manifest has no example of the kind that trains")
     order = rng.permutation(len(lengths))
     size = min(batch_size, len(order))
     batches = []
