@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .checkpoint import Checkpoints
 from .config import parse
@@ -46,6 +47,7 @@ class RunOptions:
         mixed_precision: "no" or "bf16" (on CPUs with AVX512-BF16 or AMX, and on GPUs) or "fp16" (GPUs).
         log_every, eval_every, save_every: in steps; 0 turns the last two off except at the end.
         keep_checkpoints: newest checkpoints that stay.
+        compile: torch.compile of every transformer layer: a minute of waiting, then 1.3 to 1.7 times faster steps (CPU).
         num_threads: CPU threads of each process; 0 leaves torch's default.
         wandb: "disabled", "offline" or "online"; the local log.jsonl is always written.
         seed: data order, initial weights and noise.
@@ -66,6 +68,7 @@ class RunOptions:
     eval_every: int = 0
     save_every: int = 0
     keep_checkpoints: int = 2
+    compile: bool = False
     num_threads: int = 0
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     seed: int = 0
@@ -86,6 +89,7 @@ _NOT_IN_FINGERPRINT = (
     "eval_every",
     "save_every",
     "keep_checkpoints",
+    "compile",
     "num_threads",
     "wandb",
 )
@@ -112,6 +116,8 @@ def train(run: RunOptions, options: Any, stage_class: Callable[..., Stage]) -> P
         parameter_groups(stage.module, run.weight_decay), lr=run.learning_rate, betas=(0.9, 0.99)
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, run))
+    if run.compile:
+        compile_layers(stage.module)
     module, optimizer = accelerator.prepare(stage.module, optimizer)
     ema = Ema(stage.module, run.ema_decay)  # after `prepare`, which moves the parameters to their device
     accelerator.register_for_checkpointing(scheduler, ema)
@@ -256,6 +262,13 @@ class Feed:
         self.pool.shutdown(cancel_futures=True)
 
 
+def compile_layers(module: nn.Module) -> None:
+    """Compile the transformer layers, one by one and for any length; what is compiled stays one graph per kind."""
+    for part in module.modules():
+        if isinstance(part, GradientCheckpointingLayer):
+            part.compile(dynamic=True)
+
+
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters: matrices with weight decay, vectors without."""
     trainable = [p for p in module.parameters() if p.requires_grad]
@@ -280,7 +293,7 @@ def evaluate(stage: Stage, ema: Ema, folder: Path, step: int) -> dict[str, float
     """The stage's evaluation with the averaged weights; random state and mode are as before afterwards."""
     folder.mkdir(parents=True, exist_ok=True)
     stage.module.eval()
-    with torch.random.fork_rng(), torch.no_grad(), ema.applied():
+    with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(), torch.no_grad(), ema.applied():
         values = stage.evaluate(folder, step)
     stage.module.train()
     return {f"eval/{k}": v for k, v in values.items()}
