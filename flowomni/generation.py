@@ -132,8 +132,7 @@ def _prefill(model: FlowOmniModel, prompts: Streams, speak: bool) -> _Loop:
     heard_NH = None
     if prompts.features_BCF is not None:
         assert prompts.feature_lengths_B is not None
-        heard_BPH, lengths_B = model.hear(prompts.features_BCF, prompts.feature_lengths_B)
-        heard_NH = heard_BPH[torch.arange(heard_BPH.shape[1], device=lengths_B.device) < lengths_B.unsqueeze(1)]
+        heard_NH = model.hear(prompts.features_BCF, prompts.feature_lengths_B)
     batch = prompts.text_BL.shape[0]
     text_BH, speech_BH, state = model.advance(model.embed(prompts, heard_NH), prompts.mask_BL, model.init_state(batch))
     return _Loop(state, text_BH, speech_BH, [_Row(state=SpeechState.PAD if speak else None)] * batch)

@@ -112,12 +112,19 @@ class FlowOmniModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.llm.get_input_embeddings()
 
-    def hear(self, features_BCF: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Whisper log-mel [B, C, F] -> heard positions [B, P, H] and their number per row [B]."""
+    def hear(self, features_BCF: Tensor, lengths_B: Tensor) -> Tensor:
+        """Whisper log-mel [B, C, F] of clips -> the heard positions of all clips in order [N, H]."""
+        return self._project(*self._encode(features_BCF, lengths_B))
+
+    def _encode(self, features_BCF: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         if self.config.encoder is None:
             raise ValueError("this model has no speech encoder (config.encoder is None): it cannot hear audio")
-        hidden_BTE, lengths_B = self.encoder(features_BCF, lengths_B)
-        return self.projector(hidden_BTE, lengths_B)
+        return self.encoder(features_BCF, lengths_B)
+
+    def _project(self, hidden_BTE: Tensor, lengths_B: Tensor) -> Tensor:
+        heard_BPH, lengths_B = self.projector(hidden_BTE, lengths_B)
+        real_BP = torch.arange(heard_BPH.shape[1], device=lengths_B.device) < lengths_B.unsqueeze(1)
+        return heard_BPH[real_BP]
 
     def embed(self, streams: Streams, heard_NH: Tensor | None = None) -> Tensor:
         """Sum of the embeddings of all streams at each position: [B, L, H].
@@ -154,12 +161,10 @@ class FlowOmniModel(PreTrainedModel):
         heard_NH = None
         if streams.features_BCF is not None:
             assert streams.feature_lengths_B is not None
-            hidden_BTE, lengths_B = self.encoder(streams.features_BCF, streams.feature_lengths_B)
+            hidden_BTE, lengths_B = self._encode(streams.features_BCF, streams.feature_lengths_B)
             if self.loss_config.ctc_weight > 0 and streams.ctc_BT is not None:
                 losses["ctc"] = self.ctc(hidden_BTE, lengths_B, streams.ctc_BT)
-            heard_BPH, lengths_B = self.projector(hidden_BTE, lengths_B)
-            real_BP = torch.arange(heard_BPH.shape[1], device=lengths_B.device) < lengths_B.unsqueeze(1)
-            heard_NH = heard_BPH[real_BP]
+            heard_NH = self._project(hidden_BTE, lengths_B)
         targets_BLX = streams.speech_BLX
         if self.training:
             streams, targets_BLX = self._perturb(streams, generator)

@@ -40,7 +40,7 @@ class FlowOmniProcessor:
             raise ValueError("text_eos_id is not set and the text tokenizer has no eos token: set text_eos_id")
         self.text_eos_id: int = eos
         self.heard_features = None if config.encoder is None else HeardFeatures.from_whisper_config(config.encoder)
-        self.max_heard_sec = 0.0 if config.encoder is None else config.encoder.max_source_positions * 0.02
+        self.max_heard_sec = 0.0 if self.heard_features is None else self.heard_features.max_heard_sec
         layout = strict(LayoutConfig, config.layout, "layout")
         self.layout = TurnLayout(layout, text_tokenizer, eos, config.encoder_stack, spec.empty_token())
 
