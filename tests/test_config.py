@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import yaml
 
 from flowomni.tokenizers import AutoencoderConfig, MelConfig, MelTokenizer, MelTokenizerConfig, VocoderConfig
-from training.config import parse
+from training.config import parse, read_yaml
 from training.stages import STAGES
 from training.train import RunOptions, learning_rate_factor, main
 
@@ -27,7 +28,7 @@ def parsed(file: Path, *arguments: str) -> Any:
 
 @pytest.mark.parametrize("file", STAGE_FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
 def test_every_configuration_parses(file: Path) -> None:
-    content = yaml.safe_load(file.read_text())
+    content = read_yaml(file)
     found = parsed(file)
     assert isinstance(found.options, OPTIONS[content["stage"]])
     assert found.run.max_steps == content["max_steps"] and not found.plan
@@ -35,6 +36,26 @@ def test_every_configuration_parses(file: Path) -> None:
 
 def test_both_folders_of_configurations_are_searched() -> None:
     assert {file.parent.name for file in STAGE_FILES} >= {"tiny", "flow_omni"}
+
+
+def test_a_delta_is_its_base_with_what_it_changes(tmp_path: Path) -> None:
+    (tmp_path / "delta.yaml").write_text(
+        f"base: {CONFIGS / 'tokenizers' / 'rvq.yaml'}\nmax_steps: 7\noptions: {{autoencoder: {{codebook_size: 16}}}}"
+    )
+    base, middle = parsed(CONFIGS / "tiny" / "tokenizer.yaml"), parsed(CONFIGS / "tokenizers" / "rvq.yaml")
+    delta = parsed(tmp_path / "delta.yaml", "--seed", "3")
+    assert delta.run == replace(base.run, output_dir=middle.run.output_dir, max_steps=7, seed=3)
+    assert delta.options.autoencoder == replace(middle.options.autoencoder, codebook_size=16)
+    assert delta.options == replace(base.options, penalty_weight=1.0, autoencoder=delta.options.autoencoder)
+    (tmp_path / "delta.yaml").write_text("base: other.yaml")
+    with pytest.raises(ValueError, match=r"--config .*other.yaml: No such file"):
+        parsed(tmp_path / "delta.yaml")
+    (tmp_path / "other.yaml").write_text("base: delta.yaml")
+    with pytest.raises(ValueError, match=r"delta.yaml: is its own base"):
+        parsed(tmp_path / "delta.yaml")
+    (tmp_path / "other.yaml").write_text(f"base: {CONFIGS / 'tiny' / 'tokenizer.yaml'}\noptions: {{corpsu: x}}")
+    with pytest.raises(ValueError, match=r"other.yaml: unknown key 'options.corpsu'; did you mean 'options.corpus'"):
+        parsed(tmp_path / "other.yaml")
 
 
 def change(section: str, **values: Any) -> Callable[[dict[str, Any]], None]:

@@ -1,33 +1,25 @@
-"""Laws that every speech tokenizer passes, and what is particular to the mel tokenizer and its training stage.
+"""Laws that every speech tokenizer passes, and what is particular to the mel tokenizer.
 
-Shapes: B batch, S samples, L speech tokens, D latent dimension, F mel frames, C mel bins.
+Shapes: B batch, S samples, L speech tokens, D latent dimension, K codebooks, X whichever of D or K a token has, F mel
+frames, C mel bins.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
+import math
+from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
-from flowomni.tokenizers import (
-    AutoencoderConfig,
-    MelTokenizer,
-    MelTokenizerConfig,
-    SpeechTokenizer,
-    TokenSpec,
-    VocoderConfig,
-)
-from flowomni.tokenizers.bottlenecks import SigmaVae
-from training.stages.tokenizer import TokenizerOptions, TokenizerStage
-from training.stages.vocoder import VocoderOptions, VocoderStage
+from flowomni.build import load_model
+from flowomni.tokenizers import MelTokenizer, MelTokenizerConfig, SpeechTokenizer, TokenSpec
 
+ROOT = Path(__file__).resolve().parent.parent
 VOCODER = {"dim": 16, "intermediate_dim": 24, "num_layers": 2}
 AUTOENCODER = {
     "latent_dim": 6,
@@ -45,9 +37,18 @@ PLAIN = {
     "num_frame_layers": 0,
     "bottleneck": "none",
 }
+BOTTLENECKS: dict[str, dict] = {
+    "none": {},
+    "sigma_vae": {},
+    "kl_vae": {},
+    "vq": {"codebook_size": 50, "frames_per_token": 4},
+    "fsq": {"num_codebooks": 2, "fsq_levels": [5, 4, 3]},
+    "rvq": {"num_codebooks": 3, "codebook_size": 40, "quantizer_dropout": 0.5, "frames_per_token": 16},
+}
 CONFIGS = {
-    "sigma_vae": MelTokenizerConfig(autoencoder=AUTOENCODER, vocoder=VOCODER),
-    "autoencoder": MelTokenizerConfig(autoencoder=AUTOENCODER | {"bottleneck": "none"}, vocoder=VOCODER),
+    name: MelTokenizerConfig(autoencoder=AUTOENCODER | values | {"bottleneck": name}, vocoder=VOCODER)
+    for name, values in BOTTLENECKS.items()
+} | {
     "no_lookahead": MelTokenizerConfig(autoencoder=AUTOENCODER, vocoder=VOCODER | {"lookahead_frames": 0}),
     "plain": MelTokenizerConfig(mel={"hop_length": 300}, autoencoder=PLAIN, vocoder=VOCODER),
 }
@@ -72,7 +73,10 @@ def tokenizer(request) -> MelTokenizer:
 
 
 def random_tokens(spec: TokenSpec, batch_size: int, num_tokens: int, seed: int = 0) -> Tensor:
-    return torch.randn(batch_size, num_tokens, spec.dim, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    if spec.kind == "continuous":
+        return torch.randn(batch_size, num_tokens, spec.dim, generator=generator)
+    return torch.randint(spec.codebook_size, (batch_size, num_tokens, spec.num_codebooks), generator=generator)
 
 
 def random_wav(batch_size: int, num_samples: int) -> Tensor:
@@ -80,10 +84,10 @@ def random_wav(batch_size: int, num_samples: int) -> Tensor:
 
 
 @torch.no_grad()
-def stream(tokenizer: SpeechTokenizer, latent_BLD: Tensor, chunk_tokens: int) -> list[Tensor]:
-    state, chunks = tokenizer.init_state(latent_BLD.shape[0]), []
-    for chunk_BLD in latent_BLD.split(chunk_tokens, dim=1):
-        chunk_BS, state = tokenizer.step(chunk_BLD, state)
+def stream(tokenizer: SpeechTokenizer, token_BLX: Tensor, chunk_tokens: int) -> list[Tensor]:
+    state, chunks = tokenizer.init_state(token_BLX.shape[0]), []
+    for chunk_BLX in token_BLX.split(chunk_tokens, dim=1):
+        chunk_BS, state = tokenizer.step(chunk_BLX, state)
         chunks.append(chunk_BS)
     return [*chunks, tokenizer.flush(state)]
 
@@ -92,64 +96,92 @@ def stream(tokenizer: SpeechTokenizer, latent_BLD: Tensor, chunk_tokens: int) ->
 
 
 def test_stream_equals_offline(tokenizer: SpeechTokenizer) -> None:
-    latent_BLD = random_tokens(tokenizer.spec, 2, 9)
+    token_BLX = random_tokens(tokenizer.spec, 2, 9)
     with torch.no_grad():
-        offline_BS = tokenizer.decode(latent_BLD)
+        offline_BS = tokenizer.decode(token_BLX)
     assert offline_BS.shape == (2, 9 * tokenizer.spec.samples_per_token)
     for chunk_tokens in (1, 2, 7, 9):
-        streamed_BS = torch.cat(stream(tokenizer, latent_BLD, chunk_tokens), dim=1)
+        streamed_BS = torch.cat(stream(tokenizer, token_BLX, chunk_tokens), dim=1)
         torch.testing.assert_close(streamed_BS, offline_BS, rtol=0, atol=5e-6)
 
 
 def test_lookahead_is_what_the_spec_says(tokenizer: SpeechTokenizer) -> None:
-    """By gradient, sample s sees token (s + lookahead - 1) // samples_per_token, none later; it is emitted then."""
+    """Sample s sees token (s + lookahead - 1) // samples_per_token, none later; it is emitted then.
+
+    Of latents by gradient, of codes by changing them.
+    """
     spec = tokenizer.spec
-    latent_BLD = random_tokens(spec, 1, 9).requires_grad_()
-    wav_BS = tokenizer.decode(latent_BLD)
+    token_BLX = random_tokens(spec, 1, 9)
     middle = 5 * spec.samples_per_token
-    for sample in (middle - 1, middle - spec.lookahead_samples, middle + spec.samples_per_token // 2):
-        (gradient_BLD,) = torch.autograd.grad(wav_BS[0, sample], latent_BLD, retain_graph=True)
-        seen = gradient_BLD[0].abs().amax(1).nonzero().flatten()
+    samples = (middle - 1, middle - spec.lookahead_samples, middle + spec.samples_per_token // 2)
+    for sample, seen_L in zip(samples, seen_tokens(tokenizer, token_BLX, samples), strict=True):
+        seen = seen_L.nonzero().flatten()
         assert int(seen.max()) == (sample + spec.lookahead_samples - 1) // spec.samples_per_token
         assert int(seen.min()) < sample // spec.samples_per_token
     emitted = 0
-    for index, chunk_BS in enumerate(stream(tokenizer, latent_BLD.detach(), 1)[:-1]):
+    for index, chunk_BS in enumerate(stream(tokenizer, token_BLX, 1)[:-1]):
         emitted += chunk_BS.shape[1]
         assert emitted == max(0, (index + 1) * spec.samples_per_token - spec.lookahead_samples)
+
+
+def seen_tokens(tokenizer: SpeechTokenizer, token_1LX: Tensor, samples: tuple[int, ...]) -> list[Tensor]:
+    """For each of the samples, which tokens it depends on."""
+    if tokenizer.spec.kind == "continuous":
+        token_1LX = token_1LX.requires_grad_()
+        wav_1S = tokenizer.decode(token_1LX)
+        gradients = [torch.autograd.grad(wav_1S[0, sample], token_1LX, retain_graph=True)[0] for sample in samples]
+        token_1LX.requires_grad_(False)
+        return [gradient_1LX[0].abs().amax(1) for gradient_1LX in gradients]
+    with torch.no_grad():
+        wav_1S = tokenizer.decode(token_1LX)
+        changed_LLX = token_1LX.repeat(token_1LX.shape[1], 1, 1)
+        changed_LLX.diagonal(dim1=0, dim2=1).add_(1).remainder_(tokenizer.spec.codebook_size)
+        difference_LS = (tokenizer.decode(changed_LLX) - wav_1S).abs()
+    # rows of a batch differ by rounding from the row alone
+    return [difference_LS[:, sample] > 5e-6 for sample in samples]
 
 
 def test_encoding_is_causal_in_tokens(tokenizer: SpeechTokenizer) -> None:
     """A token sees nothing beyond its last frame's window."""
     spec = tokenizer.spec
-    wav_BS = random_wav(1, 6 * spec.samples_per_token).requires_grad_()
-    latent_BLD, _ = tokenizer.encode(wav_BS)
-    (gradient_BS,) = torch.autograd.grad(latent_BLD[0, 2].sum(), wav_BS)
-    last = int(gradient_BS[0].nonzero().max())
-    assert 2 * spec.samples_per_token < last < 3 * spec.samples_per_token + 512
+    wav_BS = random_wav(1, 6 * spec.samples_per_token)
+    if spec.kind == "continuous":
+        wav_BS.requires_grad_()
+        (gradient_BS,) = torch.autograd.grad(tokenizer.encode(wav_BS)[0][0, 2].sum(), wav_BS)
+        last = int(gradient_BS[0].nonzero().max())
+        assert 2 * spec.samples_per_token < last < 3 * spec.samples_per_token + 512
+        return
+    token_BLX, _ = tokenizer.encode(wav_BS)
+    wav_BS[:, 3 * spec.samples_per_token + 512 :] = 0
+    later_BLX, _ = tokenizer.encode(wav_BS)
+    assert torch.equal(later_BLX[:, :3], token_BLX[:, :3]) and not torch.equal(later_BLX, token_BLX)
 
 
 def test_batch_row_equals_row_alone_and_padding_changes_nothing(tokenizer: SpeechTokenizer) -> None:
-    per_token = tokenizer.spec.samples_per_token
+    """Also of audio shorter than a token, which is one token."""
+    spec = tokenizer.spec
+    per_token = spec.samples_per_token
     lengths = [1, per_token, 3 * per_token + 17, 5 * per_token]
     wav_BS = random_wav(4, 5 * per_token + 100)
     for row, length in enumerate(lengths):
         wav_BS[row, length:] = float("nan")  # a leak would be loud
     with torch.no_grad():
-        latent_BLD, mask_BL = tokenizer.encode(wav_BS, torch.tensor(lengths))
-        assert latent_BLD.shape == (4, 6, tokenizer.spec.dim) and torch.isfinite(latent_BLD).all()
+        token_BLX, mask_BL = tokenizer.encode(wav_BS, torch.tensor(lengths))
+        assert token_BLX.shape == (4, 6, spec.dim or spec.num_codebooks) and torch.isfinite(token_BLX).all()
+        assert token_BLX.dtype == (torch.float32 if spec.kind == "continuous" else torch.int64)
         assert mask_BL.sum(1).tolist() == [1, 1, 4, 5]
-        assert float(latent_BLD[~mask_BL].abs().max()) == 0
-        decoded_BS = tokenizer.decode(latent_BLD)
+        assert float(token_BLX[~mask_BL].abs().max()) == 0
+        decoded_BS = tokenizer.decode(token_BLX)
         for row, length in enumerate(lengths):
-            alone_1LD, _ = tokenizer.encode(wav_BS[row : row + 1, :length])
-            torch.testing.assert_close(latent_BLD[row, mask_BL[row]], alone_1LD[0], rtol=0, atol=1e-4)
-            alone_1S = tokenizer.decode(latent_BLD[row : row + 1])
+            alone_1LX, _ = tokenizer.encode(wav_BS[row : row + 1, :length])
+            torch.testing.assert_close(token_BLX[row, mask_BL[row]], alone_1LX[0], rtol=0, atol=1e-4)
+            alone_1S = tokenizer.decode(token_BLX[row : row + 1])
             torch.testing.assert_close(decoded_BS[row], alone_1S[0], rtol=0, atol=5e-6)
 
 
 def test_state_is_a_value(tokenizer: SpeechTokenizer) -> None:
     tokens = [random_tokens(tokenizer.spec, 1, 4, seed) for seed in (1, 2)]
-    apart = [torch.cat(stream(tokenizer, latent_BLD, 1), dim=1) for latent_BLD in tokens]
+    apart = [torch.cat(stream(tokenizer, token_BLX, 1), dim=1) for token_BLX in tokens]
     states, woven = [tokenizer.init_state(1), tokenizer.init_state(1)], [[], []]
     with torch.no_grad():
         for position in range(4):
@@ -163,16 +195,16 @@ def test_state_is_a_value(tokenizer: SpeechTokenizer) -> None:
 
 
 def test_save_and_load_through_auto_classes(tokenizer: SpeechTokenizer, tmp_path) -> None:
-    """`from_pretrained` builds on the meta device: filter bank, windows and statistics must come out right even so."""
+    """`from_pretrained` builds on the meta device: filter bank, windows, codebooks, statistics must come out right."""
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path).eval()
     assert type(loaded) is type(tokenizer) and loaded.spec == tokenizer.spec
     assert [file.suffix for file in tmp_path.iterdir() if file.suffix != ".json"] == [".safetensors"]
     wav_BS = random_wav(1, 9000)
     with torch.no_grad():
-        latent_BLD, _ = tokenizer.encode(wav_BS)
-        assert torch.equal(loaded.encode(wav_BS)[0], latent_BLD)
-        assert torch.equal(loaded.decode(latent_BLD), tokenizer.decode(latent_BLD))
+        token_BLX, _ = tokenizer.encode(wav_BS)
+        assert torch.equal(loaded.encode(wav_BS)[0], token_BLX)
+        assert torch.equal(loaded.decode(token_BLX), tokenizer.decode(token_BLX))
     torch.manual_seed(1)
     fresh = type(tokenizer)(AutoConfig.from_pretrained(tmp_path))
     assert fresh.spec == tokenizer.spec
@@ -208,6 +240,37 @@ def test_latent_statistics_standardise_what_encode_gives() -> None:
     torch.testing.assert_close(latent_LD.std(0, correction=0), torch.ones(6), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", BOTTLENECKS)
+def test_only_the_bottleneck_differs(name: str) -> None:
+    """Same parameters in encoder, decoder and vocoder; only a KL-VAE's encoder gives a variance besides."""
+    sizes = {}
+    for kind in ("none", name):
+        values = {key: value for key, value in BOTTLENECKS[name].items() if key == "frames_per_token"}
+        values |= BOTTLENECKS[kind] | {"bottleneck": kind}
+        tokenizer = MelTokenizer(MelTokenizerConfig(autoencoder=AUTOENCODER | values, vocoder=VOCODER))
+        parameters = {**dict(tokenizer.named_parameters()), **dict(tokenizer.named_buffers())}
+        sizes[kind] = {key: value.shape for key, value in parameters.items() if not key.startswith("bottleneck.")}
+    every = sizes["none"].keys() | sizes[name].keys()
+    differing = {key for key in every if sizes["none"].get(key) != sizes[name].get(key)}
+    assert differing == ({"encoder.out.weight", "encoder.out.bias"} if name == "kl_vae" else set())
+
+
+def test_spec_of_codes() -> None:
+    """Rate, codebooks and bitrate follow from the configuration."""
+    spec = CONFIGS["rvq"].token_spec
+    assert (spec.kind, spec.dim, spec.num_codebooks, spec.codebook_size) == ("discrete", 0, 3, 40)
+    assert spec.samples_per_token == 4096 and spec.bitrate == pytest.approx(3 * math.log2(40) * 24000 / 4096)
+    assert CONFIGS["fsq"].token_spec.codebook_size == 60 and CONFIGS["vq"].token_spec.num_codebooks == 1
+    assert CONFIGS["kl_vae"].token_spec.bitrate is None
+    assert spec.empty_token().tolist() == [-1, -1, -1]
+
+
+def test_the_shipped_checkpoint_loads_unchanged() -> None:
+    """A configuration from before there were codebooks; `load_model` refuses missing tensors and others."""
+    model, _ = load_model(ROOT / "flowomni" / "models" / "flowomni-tiny")
+    assert model.speech_tokenizer.spec == TokenSpec("continuous", 32, 0, 0, 24000, 2048, lookahead_samples=1024)
+
+
 def test_default_sizes() -> None:
     spec = MelTokenizerConfig().token_spec
     assert spec == TokenSpec("continuous", 32, 0, 0, 24000, 2048, lookahead_samples=1024)
@@ -232,6 +295,13 @@ def test_default_sizes() -> None:
             ["autoencoder.latent_dim is 32", "autoencoder.frames_per_token", "200"],
         ),
         ({"vocodr": {}}, ["vocodr", "'vocoder'"]),
+        ({"autoencoder": {"num_codebooks": 4}}, ["num_codebooks is 4", "'sigma_vae'", "'rvq'"]),
+        ({"autoencoder": {"num_codebooks": 0, "bottleneck": "rvq"}}, ["num_codebooks is 0"]),
+        ({"autoencoder": {"num_codebooks": 2, "bottleneck": "vq"}}, ["num_codebooks is 2", "'vq'", "'rvq'"]),
+        ({"autoencoder": {"codebook_size": 1, "bottleneck": "vq"}}, ["codebook_size is 1", "at least 2"]),
+        ({"autoencoder": {"fsq_levels": [8, 2], "bottleneck": "fsq"}}, ["fsq_levels is [8, 2]", "from 3 up"]),
+        ({"autoencoder": {"quantizer_dropout": 0.5}}, ["quantizer_dropout is 0.5", "'sigma_vae'", "set it to 0"]),
+        ({"autoencoder": {"quantizer_dropout": 5, "bottleneck": "rvq"}}, ["quantizer_dropout is 5", "between 0 and 1"]),
     ],
 )
 def test_config_errors_name_field_and_remedy(sections: dict, words: list[str]) -> None:
@@ -249,89 +319,28 @@ def test_config_survives_json() -> None:
         assert AutoConfig.for_model("flowomni_mel_tokenizer", **values).token_spec == config.token_spec
 
 
-def test_sigma_vae_noise_differs_by_row_and_follows_the_generator() -> None:
-    bottleneck, latent_BLD = SigmaVae(0.5), torch.ones(2000, 4, 8)
-    noisy_BLD, penalty_BL = bottleneck(latent_BLD, torch.Generator().manual_seed(0))
-    again_BLD, _ = bottleneck(latent_BLD, torch.Generator().manual_seed(0))
-    assert torch.equal(noisy_BLD, again_BLD)
-    torch.testing.assert_close(penalty_BL, torch.full((2000, 4), 0.5))
-    scale_B = (noisy_BLD - 1).square().mean((1, 2)).sqrt()
-    torch.testing.assert_close(scale_B.square().mean().sqrt(), torch.tensor(0.5), rtol=0.1, atol=0)
-    assert float(scale_B.min()) < 0.05 and float(scale_B.max()) > 1.0
+@pytest.mark.parametrize(
+    ("field", "value"), [("sample_rate_hz", 0), ("samples_per_token", 0), ("num_codebooks", 0), ("codebook_size", 1)]
+)
+def test_a_spec_without_a_rate_or_codes_is_refused(field: str, value: int) -> None:
+    values = {"kind": "discrete", "dim": 0, "num_codebooks": 2, "codebook_size": 8, "sample_rate_hz": 24000}
+    values |= {"samples_per_token": 2048, "lookahead_samples": 0}
+    with pytest.raises(ValueError, match=f"{field} is {value}; of discrete tokens it must be at least"):
+        TokenSpec(**values | {field: value})
 
 
-# the stage
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> str:
-    """Tones of changing pitch, and the checkpoint of an untrained vocoder in `vocoder`."""
-    folder = tmp_path_factory.mktemp("corpus")
-    (folder / "answers").mkdir()
-    rng = np.random.default_rng(0)
-    for index in range(6):
-        time_S = np.arange(20000) / 24000
-        pitch_S = 150 + 20 * index + 50 * np.sin(2 * np.pi * 3 * time_S)
-        phase_S = 2 * np.pi * np.cumsum(pitch_S) / 24000
-        wav_S = sum(0.1 / k * np.sin(k * phase_S) for k in range(1, 20)) + rng.normal(0, 1e-3, 20000)
-        soundfile.write(folder / "answers" / f"{index:016x}.flac", wav_S, 24000, subtype="PCM_16")
-    VocoderStage(VocoderOptions(str(folder), vocoder=VocoderConfig(**VOCODER)), seed=0).save(folder / "vocoder")
-    return str(folder)
-
-
-def tokenizer_stage(corpus: str, seed: int = 0) -> TokenizerStage:
-    torch.manual_seed(seed)
-    autoencoder = AutoencoderConfig(**AUTOENCODER | {"latent_dim": 16, "width": 48})
-    return TokenizerStage(TokenizerOptions(corpus, f"{corpus}/vocoder", autoencoder, batch_size=6, crop_tokens=6), seed)
-
-
-def test_stage_learns_and_saves_a_whole_tokenizer(corpus: str, tmp_path) -> None:
-    stage = tokenizer_stage(corpus)
-    vocoder_before = copy.deepcopy(stage.module.tokenizer.vocoder.state_dict())
-    trainable = [p for p in stage.module.parameters() if p.requires_grad]
-    optimizer, errors = torch.optim.AdamW(trainable, lr=1e-2), []
-    for step in range(20):
-        losses = stage.module(stage.batch(step, 0, 1), torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        sum(stage.weights[name] * loss.sum / loss.count for name, loss in losses.items()).backward()
-        optimizer.step()
-        errors.append(float((losses["l1"].sum / losses["l1"].count).detach()))
-    assert errors[-1] < 0.75 * errors[0]
-    stage.module.eval()
-    values = stage.evaluate(tmp_path, 20)
-    assert {"mel_l1", "latent_std_min", "latent_std_max"} <= set(values)
-    stage.save(tmp_path / "final")
-    loaded = MelTokenizer.from_pretrained(tmp_path / "final").eval()
-    for name, value in loaded.vocoder.state_dict().items():
-        assert torch.equal(value, vocoder_before[name])
-    with torch.no_grad():
-        latent_LD = torch.cat([loaded.encode(wav_1S)[0][0] for wav_1S in stage.answers.some_training(100)])
-    torch.testing.assert_close(latent_LD.mean(0), torch.zeros(16), rtol=0, atol=1e-2)
-    torch.testing.assert_close(latent_LD.std(0), torch.ones(16), rtol=0, atol=1e-1)
-
-    # and its vocoder can be tuned on what its decoder gives, without touching the rest
-    tuning = VocoderStage(
-        VocoderOptions(corpus, tokenizer=str(tmp_path / "final"), batch_size=4, crop_frames=16, decoded_share=1.0),
-        seed=0,
-    )
-    batch = tuning.batch(0, 0, 1)
-    assert bool(batch.decoded_B.all())
-    with_decoded = tuning.module(batch, torch.Generator().manual_seed(0))
-    true_mels = tuning.module(dataclasses.replace(batch, decoded_B=~batch.decoded_B), torch.Generator())
-    assert float((with_decoded["mel"].sum - true_mels["mel"].sum).abs().detach()) > 1e-3
-    with_decoded["mel"].sum.backward()
-    assert all(p.grad is None for p in tuning.module.tokenizer.encoder.parameters())
-    assert all(p.grad is not None for p in tuning.module.tokenizer.vocoder.parameters())
-
-
-def test_batch_is_a_pure_function(corpus: str) -> None:
-    first, second = tokenizer_stage(corpus, seed=3), tokenizer_stage(corpus, seed=3)
-    assert torch.equal(first.batch(4, 1, 2).wav_BS, second.batch(4, 1, 2).wav_BS)
-    assert not torch.equal(first.batch(4, 0, 2).wav_BS, first.batch(4, 1, 2).wav_BS)
-
-
-def test_stage_errors_name_the_option(corpus: str) -> None:
-    with pytest.raises(ValueError, match="no layers"):
-        TokenizerOptions(corpus, "", AutoencoderConfig.plain_patch(8, 100))
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        TokenizerOptions(corpus, "", batch_size=0)
+@pytest.mark.parametrize("name", ["vq", "fsq", "rvq"])
+def test_codes_out_of_range_are_refused(name: str) -> None:
+    tokenizer = build(name)
+    spec = tokenizer.spec
+    code_BLK = random_tokens(spec, 1, 3)
+    last = spec.codebook_size - 1
+    for wrong in (-1, last + 1):
+        wrong_BLK = code_BLK.clone()
+        wrong_BLK[0, 1, -1] = wrong
+        with pytest.raises(ValueError, match=rf"code_BLK holds {wrong}; codes must be in 0 to {last} "):
+            tokenizer.decode(wrong_BLK)
+    with pytest.raises(ValueError, match=rf"dtype float32 .* {spec.num_codebooks} in the last dimension"):
+        tokenizer.step(code_BLK.float(), tokenizer.init_state(1))
+    with pytest.raises(ValueError, match=rf"shape \[1, 3, {spec.num_codebooks + 1}\].*num_codebooks"):
+        tokenizer.decode(random_tokens(spec, 1, 3)[..., :1].expand(-1, -1, spec.num_codebooks + 1))

@@ -48,7 +48,7 @@ class _Parser(ArgumentParser):
 def parse(run_class: type, options_by_stage: dict[str, type], args: list[str] | None = None) -> Parsed:
     """Parse `--config file.yaml [--key value] [--options.key value] [--plan]`.
 
-    The stage named in the file (or by --stage) decides which options exist.
+    The stage named in the file (or by --stage) decides which options exist. A file may name another as its `base`.
 
     Raises:
         ValueError: one line that names the file or the key: no such file, an unknown key (with the nearest valid one),
@@ -71,27 +71,54 @@ def parse(run_class: type, options_by_stage: dict[str, type], args: list[str] | 
     parser.add_argument("--plan", action="store_true", help="print parameters and memory, train nothing")
     parser.add_class_arguments(run_class)
     parser.add_argument("--options", type=options_by_stage[stage])
-    parsed = parser.instantiate(parser.parse_args(args))
+    parsed = parser.instantiate(parser.parse_args(_with_bases(args, files)))
     _check_sections(parsed.options, "options")
     run = run_class(**{f.name: parsed[f.name] for f in fields(run_class)})
     return Parsed(run, parsed.options, parsed.plan)
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The content of a stage's configuration file.
+def read_yaml(path: str | Path, _following: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The content of a stage's configuration file, upon that of the file that its key `base` names, if it has one.
+
+    `base` is a path relative to the file. A section is merged key by key; any other value replaces the base's.
 
     Raises:
-        ValueError: no such file, not YAML, or no stage's configuration.
+        ValueError: no such file, not YAML, no stage's configuration, or a file that is its own base.
     """
+    file = Path(path).resolve()
+    if file in _following:
+        raise ValueError(f"--config {path}: is its own base; follow the 'base' keys")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from None
+    if isinstance(content, dict) and isinstance(content.get("base"), str):
+        base = read_yaml(Path(path).parent / content.pop("base"), (*_following, file))
+        content = _merged(base, content)
     if not isinstance(content, dict) or "stage" not in content:
         raise ValueError(f"--config {path}: needs a key 'stage'")
     return content
+
+
+def _merged(base: Mapping[str, Any], delta: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in delta.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _with_bases(args: Sequence[str], files: Mapping[str, dict[str, Any]]) -> list[str]:
+    """The command line with each configuration's content, bases and all, in the place of its path."""
+    whole = {path: yaml.safe_dump(content) for path, content in files.items()}
+    found = []
+    for before, arg in zip(["", *args], args, strict=False):
+        path = arg if before == "--config" else arg.removeprefix("--config=")
+        is_path = before == "--config" or arg.startswith("--config=")
+        found.append(arg.removesuffix(path) + whole[path] if is_path else arg)
+    return found
 
 
 def _values(args: Sequence[str], name: str) -> list[str]:

@@ -1,15 +1,16 @@
 """The mel tokenizer: standardised log-mel through a causal encoder and decoder, then the vocoder.
 
-    wave -> log-mel -> patches of r frames -> causal encoder -> bottleneck -> standardised latent
+    wave -> log-mel -> patches of r frames -> causal encoder -> bottleneck -> standardised latent, or codes
     wave <- vocoder <- mel frames          <- causal decoder <---------------+
 
-Shapes: B batch, S samples, F mel frames, C channels or mel bins, L speech tokens, D latent dimension,
-r mel frames per token.
+Shapes: B batch, S samples, F mel frames, C channels or mel bins, L speech tokens, D latent dimension, K codebooks,
+X whichever of D or K a token has, E encoder output (D, or 2 D with a learned variance), r mel frames per token.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from vocos.modules import ConvNeXtBlock
 
 from ..strict import check_keys, strict
 from .base import SpeechTokenizer, TokenSpec
-from .bottlenecks import BOTTLENECKS, build_bottleneck
+from .bottlenecks import BOTTLENECKS, Bottleneck, BottleneckOutput, Quantiser, check_codes
 from .causal import causal_stack, init_pasts
 from .mel import MelConfig, MelFront
 from .vocoder import Vocoder, VocoderConfig, VocoderState
@@ -37,8 +38,12 @@ class AutoencoderConfig:
         width, intermediate_dim: of the blocks that run once per token.
         num_encoder_layers, num_decoder_layers: blocks that run once per token.
         frame_width, num_frame_layers: blocks of the decoder that run once per mel frame.
-        bottleneck: "none" or "sigma_vae".
+        bottleneck: "none", "sigma_vae" or "kl_vae" (continuous tokens), "vq", "fsq" or "rvq" (discrete tokens).
         sigma: noise scale of the sigma-VAE in training.
+        num_codebooks: K of "rvq" and "fsq"; the others have one codebook, or none.
+        codebook_size: V of "vq" and "rvq".
+        fsq_levels: levels of each number of an FSQ codebook; V is their product.
+        quantizer_dropout: share of rows that lose their last codebooks in training, of "rvq".
 
     With no layers at all and bottleneck "none" the latent is the patch of standardised mel frames itself.
     """
@@ -53,9 +58,14 @@ class AutoencoderConfig:
     num_frame_layers: int = 2
     bottleneck: str = "sigma_vae"
     sigma: float = 0.5
+    num_codebooks: int = 1
+    codebook_size: int = 1024
+    fsq_levels: tuple[int, ...] = (8, 5, 5, 5)
+    quantizer_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("frames_per_token", "latent_dim", "width", "intermediate_dim", "frame_width"):
+        object.__setattr__(self, "fsq_levels", tuple(self.fsq_levels))  # a list, from JSON
+        for name in ("frames_per_token", "latent_dim", "width", "intermediate_dim", "frame_width", "num_codebooks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("num_encoder_layers", "num_decoder_layers", "num_frame_layers", "sigma"):
@@ -63,6 +73,40 @@ class AutoencoderConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.bottleneck not in BOTTLENECKS:
             raise ValueError(f"bottleneck is {self.bottleneck!r}; known bottlenecks: {', '.join(BOTTLENECKS)}")
+        self._check_codebooks()
+
+    def _check_codebooks(self) -> None:
+        if self.num_codebooks > 1 and self.bottleneck not in ("rvq", "fsq"):
+            raise ValueError(
+                f"num_codebooks is {self.num_codebooks}, but bottleneck is {self.bottleneck!r}: only 'rvq' and 'fsq' "
+                "have several"
+            )
+        if self.codebook_size < 2:
+            raise ValueError(f"codebook_size is {self.codebook_size}; it must be at least 2")
+        if not self.fsq_levels or min(self.fsq_levels) < 3 or math.prod(self.fsq_levels) >= 2**31:
+            raise ValueError(
+                f"fsq_levels is {list(self.fsq_levels)}; it must be one or more numbers from 3 up, with a product "
+                "below 2^31"
+            )
+        if not 0 <= self.quantizer_dropout <= 1:
+            raise ValueError(f"quantizer_dropout is {self.quantizer_dropout}; it must be between 0 and 1")
+        if self.quantizer_dropout and self.bottleneck != "rvq":
+            raise ValueError(
+                f"quantizer_dropout is {self.quantizer_dropout}, but bottleneck is {self.bottleneck!r}: only the "
+                "codebooks of 'rvq' can be dropped; set it to 0"
+            )
+
+    @property
+    def codebooks(self) -> tuple[int, int]:
+        """K and V; both 0 of a continuous bottleneck."""
+        if not issubclass(BOTTLENECKS[self.bottleneck], Quantiser):
+            return 0, 0
+        return self.num_codebooks, math.prod(self.fsq_levels) if self.bottleneck == "fsq" else self.codebook_size
+
+    @property
+    def encoded_dim(self) -> int:
+        """E, what the encoder gives per token; the first D are the latent, or its mean."""
+        return 2 * self.latent_dim if self.bottleneck == "kl_vae" else self.latent_dim
 
     @property
     def plain(self) -> bool:
@@ -116,11 +160,12 @@ class MelTokenizerConfig(PreTrainedConfig):
     def token_spec(self) -> TokenSpec:
         """The spec of the tokenizer that this config describes."""
         mel, lookahead_frames = self.mel, self.vocoder["lookahead_frames"]
+        num_codebooks, codebook_size = AutoencoderConfig(**self.autoencoder).codebooks
         return TokenSpec(
-            kind="continuous",
-            dim=self.autoencoder["latent_dim"],
-            num_codebooks=0,
-            codebook_size=0,
+            kind="discrete" if num_codebooks else "continuous",
+            dim=0 if num_codebooks else self.autoencoder["latent_dim"],
+            num_codebooks=num_codebooks,
+            codebook_size=codebook_size,
             sample_rate_hz=mel["sample_rate_hz"],
             samples_per_token=self.autoencoder["frames_per_token"] * mel["hop_length"],
             lookahead_samples=lookahead_frames * mel["hop_length"] + mel["n_fft"] // 2,
@@ -142,10 +187,10 @@ class MelEncoder(nn.Module):
         self.patch = nn.Linear(config.frames_per_token * num_mels, config.width)
         self.blocks = _blocks(config.num_encoder_layers, config.width, config.intermediate_dim)
         self.norm = nn.LayerNorm(config.width)
-        self.out = nn.Linear(config.width, config.latent_dim)
+        self.out = nn.Linear(config.width, config.encoded_dim)
 
     def forward(self, mel_BFC: Tensor) -> Tensor:
-        """F = L * r frames to latent_BLD, not standardised."""
+        """F = L * r frames to encoded_BLE, what the bottleneck reads."""
         hidden_BLC = self.patch(patchify(mel_BFC, self.frames_per_token))
         hidden_BCL, _ = causal_stack(self.blocks, hidden_BLC.transpose(1, 2), init_pasts(self.blocks, mel_BFC.shape[0]))
         return self.out(self.norm(hidden_BCL.transpose(1, 2)))
@@ -208,9 +253,10 @@ class MelTokenizerState:
 
 
 class MelTokenizer(SpeechTokenizer):
-    """Continuous speech tokens: mel patches through a bottleneck, and a vocoder to hear them.
+    """Mel patches through a bottleneck, and a vocoder to hear them.
 
-    A checkpoint holds everything: mel statistics, encoder, decoder, latent statistics, vocoder.
+    The bottleneck decides what a speech token is: a latent or codes. All else is the same for both. A checkpoint holds
+    everything: mel statistics, encoder, bottleneck, decoder, latent statistics, vocoder.
     """
 
     config_class = MelTokenizerConfig
@@ -228,7 +274,7 @@ class MelTokenizer(SpeechTokenizer):
         plain = self.autoencoder_config.plain
         self.encoder = None if plain else MelEncoder(self.autoencoder_config, mel.num_mels)
         self.decoder = None if plain else MelDecoder(self.autoencoder_config, mel.num_mels)
-        self.bottleneck = build_bottleneck(self.autoencoder_config.bottleneck, self.autoencoder_config.sigma)
+        self.bottleneck: Bottleneck = BOTTLENECKS[self.autoencoder_config.bottleneck](self.autoencoder_config)
         self.vocoder = Vocoder(vocoder, mel.num_mels, mel.n_fft, mel.hop_length)
         dim = self.autoencoder_config.latent_dim
         self.register_buffer("latent_mean_D", torch.zeros(dim, dtype=torch.float32))
@@ -262,23 +308,42 @@ class MelTokenizer(SpeechTokenizer):
         return self.front(wav_BS, num_tokens * self.frames_per_token), mask_BL
 
     def encode_mel(self, mel_BFC: Tensor) -> Tensor:
-        """Standardised mel of whole tokens to latents before their standardisation, (B, L, D)."""
+        """Standardised mel of whole tokens to what the decoder reads, (B, L, D): latents before their standardisation.
+
+        Continuous ones are without noise; discrete ones are the codebooks' entries.
+        """
+        return self._encoded(mel_BFC).latent_BLD
+
+    def _encoded(self, mel_BFC: Tensor) -> BottleneckOutput:
         if self.encoder is None:
-            return patchify(mel_BFC, self.frames_per_token)
-        return self.encoder(mel_BFC)
+            return self.bottleneck(patchify(mel_BFC, self.frames_per_token), None)
+        return self.bottleneck(self.encoder(mel_BFC), None)
 
     def encode(self, wav_BS: Tensor, lengths_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
         mel_BFC, mask_BL = self.mel(wav_BS, lengths_B)
-        latent_BLD = (self.encode_mel(mel_BFC).float() - self.latent_mean_D) / self.latent_std_D
+        encoded = self._encoded(mel_BFC)
+        if encoded.code_BLK is not None:
+            return torch.where(mask_BL[..., None], encoded.code_BLK, 0), mask_BL
+        latent_BLD = (encoded.latent_BLD.float() - self.latent_mean_D) / self.latent_std_D
         return torch.where(mask_BL[..., None], latent_BLD, 0.0), mask_BL
 
-    # latents to mel and wave
+    # tokens to mel and wave
 
     def decode_mel(self, latent_BLD: Tensor) -> Tensor:
         """Latents before their standardisation to standardised mel, (B, L * r, C)."""
         if self.decoder is None:
             return unpatchify(latent_BLD, self.frames_per_token)
         return self.decoder.step(latent_BLD, self.decoder.init_state(latent_BLD.shape[0]))[0]
+
+    def perturb(self, latent_BLD: Tensor, scale_B: Tensor, generator: torch.Generator) -> Tensor:
+        """What `encode_mel` gives, with noise of `scale` times each dimension's deviation: a head errs a little too.
+
+        Codebooks' entries stay as they are: between two codes there is nothing.
+        """
+        if isinstance(self.bottleneck, Quantiser):
+            return latent_BLD
+        noise_BLD = torch.randn(latent_BLD.shape, generator=generator, device=latent_BLD.device) * self.latent_std_D
+        return latent_BLD + scale_B[:, None, None] * noise_BLD
 
     def vocode(self, log_mel_BFC: Tensor) -> Tensor:
         """Log-mel as vocos has it (not standardised) to wave: F * hop_length samples."""
@@ -289,8 +354,19 @@ class MelTokenizer(SpeechTokenizer):
         decoder = None if self.decoder is None else self.decoder.init_state(batch_size)
         return MelTokenizerState(decoder, self.vocoder.init_state(batch_size))
 
-    def step(self, latent_BLD: Tensor, state: MelTokenizerState) -> tuple[Tensor, MelTokenizerState]:
-        raw_BLD = latent_BLD * self.latent_std_D + self.latent_mean_D
+    def raw_latent(self, token_BLX: Tensor) -> Tensor:
+        """Tokens, as `encode` gives them, to what the decoder reads, (B, L, D).
+
+        Raises:
+            ValueError: codes out of range.
+        """
+        if isinstance(self.bottleneck, Quantiser):
+            check_codes(token_BLX, *self.autoencoder_config.codebooks)
+            return self.bottleneck.lookup(token_BLX)
+        return token_BLX * self.latent_std_D + self.latent_mean_D
+
+    def step(self, token_BLX: Tensor, state: MelTokenizerState) -> tuple[Tensor, MelTokenizerState]:
+        raw_BLD = self.raw_latent(token_BLX)
         decoder_state = None
         if self.decoder is None:
             mel_BFC = unpatchify(raw_BLD, self.frames_per_token)
@@ -307,7 +383,7 @@ class MelTokenizer(SpeechTokenizer):
 
     @torch.no_grad()
     def fit_latent_statistics(self, latents_LD: Iterable[Tensor]) -> None:
-        """Set mean and deviation per dimension from latents before standardisation (`encode_mel`), (L, D) each."""
+        """Set mean and deviation per dimension from what `encode_mel` gives, (L, D) each. Codes make no use of them."""
         dim = self.autoencoder_config.latent_dim
         count, total_D, square_D = 0, torch.zeros(dim).double(), torch.zeros(dim).double()
         for latent_LD in latents_LD:

@@ -1,10 +1,11 @@
 """What every speech tokenizer is: wave to speech tokens and back, offline and step by step.
 
-Shapes: B batch, S samples, L speech tokens, D latent dimension.
+Shapes: B batch, S samples, L speech tokens, D latent dimension, K codebooks, X whichever of D or K a token has.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +40,23 @@ class TokenSpec:
     def __post_init__(self) -> None:
         if self.kind not in ("continuous", "discrete"):
             raise ValueError(f"kind is {self.kind!r}; it must be 'continuous' or 'discrete'")
+        least = {"sample_rate_hz": 1, "samples_per_token": 1, "lookahead_samples": 0}
+        least |= {"dim": 1} if self.kind == "continuous" else {"num_codebooks": 1, "codebook_size": 2}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name} is {getattr(self, name)}; of {self.kind} tokens it must be at least {value}")
 
     @property
     def tokens_per_sec(self) -> float:
         """Speech tokens in one second of audio."""
         return self.sample_rate_hz / self.samples_per_token
+
+    @property
+    def bitrate(self) -> float | None:
+        """Bits per second of discrete tokens, K * log2(V) * tokens_per_sec; None of continuous ones."""
+        if self.kind == "continuous":
+            return None
+        return self.num_codebooks * math.log2(self.codebook_size) * self.tokens_per_sec
 
     def empty_token(self) -> Tensor:
         """What stands where there is no speech token: NaN latents [D] or codes [K] of -1, so that a leak is loud."""
@@ -77,20 +90,24 @@ class SpeechTokenizer(PreTrainedModel):
 
         Returns:
             token_BLD (standardised latents) or code_BLK with L = ceil(S / samples_per_token), and mask_BL, true where a
-            row has tokens. Positions outside the mask are zero.
+            row has tokens. Positions outside the mask are zero. Audio shorter than a token is one token.
         """
         raise NotImplementedError
 
-    def decode(self, latent_BLD: Tensor) -> Tensor:
-        """Tokens to wave: wav_BS with S = L * samples_per_token."""
-        chunk_BS, state = self.step(latent_BLD, self.init_state(latent_BLD.shape[0]))
+    def decode(self, token_BLX: Tensor) -> Tensor:
+        """Tokens, as `encode` gives them, to wave: wav_BS with S = L * samples_per_token.
+
+        Raises:
+            ValueError: codes out of range.
+        """
+        chunk_BS, state = self.step(token_BLX, self.init_state(token_BLX.shape[0]))
         return torch.cat([chunk_BS, self.flush(state)], dim=1)
 
     def init_state(self, batch_size: int) -> Any:
         """State before the first token."""
         raise NotImplementedError
 
-    def step(self, latent_BLD: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def step(self, token_BLX: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Decode L >= 1 more tokens: the samples that are final by now, (B, S) with S >= 0, and the next state."""
         raise NotImplementedError
 

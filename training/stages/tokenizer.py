@@ -1,11 +1,13 @@
-"""The tokenizer stage: the mel autoencoder around a fixed, already trained vocoder.
+"""The tokenizer stage: the mel autoencoder around an already trained vocoder.
 
-Shapes: B batch, S samples, F frames, C mel bins, L speech tokens, D latent dimension.
+Shapes: B batch, S samples, F frames, C mel bins, L speech tokens, D latent dimension, E encoder output, K codebooks,
+N tokens of any rows.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowomni.tokenizers import AutoencoderConfig, MelTokenizer, MelTokenizerConfig
+from flowomni.tokenizers import AutoencoderConfig, CodebookUse, MelTokenizer, MelTokenizerConfig, codebook_use
+from flowomni.tokenizers.bottlenecks import BottleneckOutput
 
+from ..adversarial import AdversarialOptions, Adversary
 from .answers import Answers
 from .base import Loss, Stage
-from .vocoder import evaluate_resynthesis
+from .vocoder import evaluate_resynthesis, spectral_losses
+
+DEAD_SHARE = 0.1  # a codebook of which less is used carries little more than one of a tenth of its size
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,14 @@ class TokenizerOptions:
         batch_size, crop_tokens: rows of one micro-batch and their length.
         max_answers: at most so many files are loaded; 0 for all.
         l1_weight, l2_weight: of the reconstruction of standardised mel.
-        penalty_weight: of the bottleneck's penalty.
+        penalty_weight: of the bottleneck's penalty: for "sigma_vae" and "kl_vae" around 0.002, for "vq" and "rvq",
+            where it is also what their codebooks learn from, around 1.
+        magnitude_weight, phase_weight: of the spectral distances, at several resolutions, of the vocoder's wave to the
+            true one; the vocoder runs in training only if one of these or of `adversarial` is not 0.
+        train_vocoder: whether the vocoder learns from those too.
+        adversarial: discriminators of the vocoder's wave.
         num_eval_answers: held-out answers in an evaluation.
+        num_codebook_answers: training answers on which an evaluation measures the use of codebooks.
         num_statistics_answers: training answers from which the latent statistics are taken when saving.
     """
 
@@ -45,7 +57,12 @@ class TokenizerOptions:
     l1_weight: float = 1.0
     l2_weight: float = 0.5
     penalty_weight: float = 0.002
+    magnitude_weight: float = 0.0
+    phase_weight: float = 0.0
+    train_vocoder: bool = False
+    adversarial: AdversarialOptions = AdversarialOptions()
     num_eval_answers: int = 16
+    num_codebook_answers: int = 400
     num_statistics_answers: int = 2000
 
     def __post_init__(self) -> None:
@@ -57,6 +74,32 @@ class TokenizerOptions:
             raise ValueError(
                 "autoencoder has no layers and no bottleneck: the vocoder's own checkpoint is that tokenizer"
             )
+        if not self.penalty_weight and self.autoencoder.bottleneck in ("vq", "rvq"):
+            raise ValueError(
+                f"penalty_weight is 0, but autoencoder.bottleneck is {self.autoencoder.bottleneck!r}, whose codebooks "
+                "learn from the penalty alone: set it to about 1"
+            )
+        if self.train_vocoder and not self.wave:
+            raise ValueError(
+                "train_vocoder is true, but the vocoder has no loss to learn from: set magnitude_weight, phase_weight "
+                "or adversarial.weight"
+            )
+
+    @property
+    def wave(self) -> bool:
+        """Whether a loss is taken of the wave, so that the vocoder must run in training."""
+        return bool(self.magnitude_weight or self.phase_weight or self.adversarial.weight)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each loss part there is."""
+        weights = {"l1": self.l1_weight, "l2": self.l2_weight, "penalty": self.penalty_weight}
+        if self.wave:
+            weights |= {"magnitude": self.magnitude_weight, "phase": self.phase_weight}
+        if self.adversarial.weight:
+            weights |= {"adversarial": self.adversarial.weight, "feature": self.adversarial.feature_weight}
+            weights["discriminator"] = 1.0  # reaches nothing but the discriminators
+        return weights
 
 
 @dataclass(frozen=True)
@@ -70,13 +113,31 @@ class TokenizerBatch:
         return TokenizerBatch(self.wav_BS.to(device))
 
 
+@dataclass(frozen=True)
+class Reconstruction:
+    """A batch's way through the autoencoder: all that a loss can be taken of.
+
+    Attributes:
+        mel_BFC: the standardised mel that went in.
+        found_BFC: what came out.
+        before_BLD: latents before the bottleneck (the mean, where that makes a distribution of them).
+        bottleneck: what it made of them: the latents that the decoder read, and the codebooks' levels if it has any.
+    """
+
+    mel_BFC: Tensor
+    found_BFC: Tensor
+    before_BLD: Tensor
+    bottleneck: BottleneckOutput
+
+
 class TokenizerTraining(nn.Module):
-    """A tokenizer whose encoder and decoder train."""
+    """A tokenizer whose encoder, bottleneck and decoder train, and its discriminators if it has any."""
 
     def __init__(self, tokenizer: MelTokenizer, options: TokenizerOptions):
         super().__init__()
         self.tokenizer = tokenizer
-        self.tokenizer.vocoder.requires_grad_(False)
+        self.tokenizer.vocoder.requires_grad_(options.train_vocoder)
+        self.adversary = Adversary(options.adversarial) if options.adversarial.weight else None
         self.options = options
 
     @property
@@ -85,26 +146,52 @@ class TokenizerTraining(nn.Module):
         mel = self.tokenizer.front.config
         return math.ceil(mel.n_fft / 2 / mel.hop_length)
 
+    @property
+    def num_frames(self) -> int:
+        """Mel frames of a crop."""
+        return self.options.crop_tokens * self.tokenizer.frames_per_token
+
     def forward(self, batch: TokenizerBatch, generator: torch.Generator) -> dict[str, Loss]:
-        """Losses "l1", "l2" (of standardised mel) and "penalty", summed over rows."""
-        tokenizer, margin = self.tokenizer, self.margin_frames
-        num_frames = self.options.crop_tokens * tokenizer.frames_per_token
-        with torch.no_grad():
-            mel_BFC = tokenizer.front(batch.wav_BS, num_frames + margin)[:, margin:]
-        latent_BLD = tokenizer.encode_mel(mel_BFC).float()
-        noisy_BLD, penalty_BL = tokenizer.bottleneck(latent_BLD, generator)
-        difference_BFC = tokenizer.decode_mel(noisy_BLD).float() - mel_BFC
+        """The losses of `TokenizerOptions.weights`, summed over rows."""
+        found = self.reconstruct(batch, generator)
+        difference_BFC = found.found_BFC - found.mel_BFC
         parts = {
-            "l1": difference_BFC.abs().mean((1, 2)),
-            "l2": difference_BFC.square().mean((1, 2)),
-            "penalty": penalty_BL.mean(1),
+            "l1": difference_BFC.abs().mean((1, 2)).sum(),
+            "l2": difference_BFC.square().mean((1, 2)).sum(),
+            "penalty": found.bottleneck.penalty_BL.mean(1).sum(),
         }
-        count = torch.tensor(float(len(mel_BFC)), device=mel_BFC.device)
-        return {name: Loss(value_B.sum(), count) for name, value_B in parts.items()}
+        if self.options.wave:
+            parts |= self._wave_losses(found.found_BFC, batch.wav_BS)
+        count = torch.tensor(float(len(difference_BFC)), device=difference_BFC.device)
+        return {name: Loss(value, count) for name, value in parts.items()}
+
+    def reconstruct(self, batch: TokenizerBatch, generator: torch.Generator) -> Reconstruction:
+        """Mel through encoder, bottleneck (with its noise or dropout) and decoder."""
+        tokenizer, margin = self.tokenizer, self.margin_frames
+        assert tokenizer.encoder is not None
+        with torch.no_grad():
+            mel_BFC = tokenizer.front(batch.wav_BS, self.num_frames + margin)[:, margin:]
+        encoded_BLE = tokenizer.encoder(mel_BFC).float()
+        output = tokenizer.bottleneck(encoded_BLE, generator)
+        found_BFC = tokenizer.decode_mel(output.latent_BLD).float()
+        return Reconstruction(mel_BFC, found_BFC, encoded_BLE[..., : tokenizer.autoencoder_config.latent_dim], output)
+
+    def _wave_losses(self, found_BFC: Tensor, wav_BS: Tensor) -> dict[str, Tensor]:
+        """Of the vocoder's wave: "magnitude", "phase" and what the discriminators say, summed over rows."""
+        hop = self.tokenizer.front.config.hop_length
+        found_BS = self.tokenizer.vocoder(found_BFC)
+        target_BS = wav_BS[:, self.margin_frames * hop : (self.margin_frames + self.num_frames) * hop]
+        with torch.autocast(wav_BS.device.type, enabled=False):
+            magnitude_B, phase_B = spectral_losses(found_BS, target_BS)
+        parts = {"magnitude": magnitude_B.sum(), "phase": phase_B.sum()}
+        if self.adversary is not None:
+            means = self.adversary(found_BS, target_BS)
+            parts |= {name: mean * float(len(found_BS)) for name, mean in means.items()}
+        return parts
 
 
 class TokenizerStage(Stage):
-    """Trains encoder and decoder; saves the complete `MelTokenizer` with latent statistics and vocoder."""
+    """Trains encoder, bottleneck and decoder; saves the complete `MelTokenizer` with latent statistics and vocoder."""
 
     Options = TokenizerOptions
 
@@ -117,7 +204,7 @@ class TokenizerStage(Stage):
         tokenizer.vocoder.load_state_dict(vocoder.vocoder.state_dict())
         self.answers = Answers(options.corpus, tokenizer.spec.sample_rate_hz, options.max_answers)
         self.module = TokenizerTraining(tokenizer, options)
-        self.weights = {"l1": options.l1_weight, "l2": options.l2_weight, "penalty": options.penalty_weight}
+        self.weights = options.weights
 
     def batch(self, index: int, rank: int, world_size: int) -> TokenizerBatch:
         """Random crops; a pure function of the seed, `index` and `rank`."""
@@ -133,18 +220,26 @@ class TokenizerStage(Stage):
 
     def num_tokens(self, batch: TokenizerBatch) -> int:
         """Mel frames."""
-        return len(batch.wav_BS) * self.options.crop_tokens * self.module.tokenizer.frames_per_token
+        return len(batch.wav_BS) * self.module.num_frames
 
     def evaluate(self, folder: Path, step: int) -> dict[str, float]:
-        """What `evaluate_resynthesis` measures, and how far latents spread compared with the training noise.
+        """What `evaluate_resynthesis` measures, how far latents spread, and how the codebooks are used.
 
-        latent_std_min and latent_std_max are over dimensions: a dimension far below `sigma` carries nothing.
+        latent_std_min and latent_std_max are over dimensions: one far below a sigma-VAE's `sigma` carries nothing. Of
+        each codebook: share of codes used and perplexity, over `num_codebook_answers` answers; and the bitrate.
         """
         tokenizer = self.module.tokenizer
         values = evaluate_resynthesis(tokenizer, self.answers, self.options.num_eval_answers, folder)
         latent_LD = torch.cat(list(self._latents(self.options.num_eval_answers, held_out=True)))
-        std_D = latent_LD.std(0)
-        return values | {"latent_std_min": float(std_D.min()), "latent_std_max": float(std_D.max())}
+        std_D = latent_LD.std(0, correction=0)
+        values |= {"latent_std_min": float(std_D.min()), "latent_std_max": float(std_D.max())}
+        if tokenizer.spec.bitrate is not None:
+            values["bitrate"] = tokenizer.spec.bitrate
+            uses = self._codebook_use()
+            for index, use in enumerate(uses):
+                values |= {f"codebook_use_{index}": use.share, f"perplexity_{index}": use.perplexity}
+            warn_of_dead_codebooks(uses, tokenizer.spec.codebook_size)
+        return values
 
     def save(self, folder: Path) -> None:
         """The complete `MelTokenizer`."""
@@ -158,3 +253,25 @@ class TokenizerStage(Stage):
         for wav_1S in some(num_answers):
             mel_1FC, _ = tokenizer.mel(wav_1S.to(tokenizer.device))
             yield tokenizer.encode_mel(mel_1FC)[0].float()
+
+    @torch.no_grad()
+    def _codebook_use(self) -> list[CodebookUse]:
+        tokenizer = self.module.tokenizer
+        wavs = self.answers.some_training(self.options.num_codebook_answers)
+        code_NK = torch.cat([tokenizer.encode(wav_1S.to(tokenizer.device))[0][0] for wav_1S in wavs])
+        return codebook_use(code_NK, tokenizer.spec.codebook_size)
+
+
+def warn_of_dead_codebooks(uses: list[CodebookUse], codebook_size: int) -> None:
+    """A warning that names each codebook of which less than `DEAD_SHARE` is used, and what helps."""
+    dead = [
+        f"{index} ({use.num_used} of {codebook_size} codes, perplexity {use.perplexity:.1f})"
+        for index, use in enumerate(uses)
+        if use.share < DEAD_SHARE
+    ]
+    if dead:
+        warnings.warn(
+            f"dead codebooks: {', '.join(dead)}. They carry next to nothing: raise options.penalty_weight, lower "
+            "options.autoencoder.codebook_size or num_codebooks, or use options.autoencoder.bottleneck fsq",
+            stacklevel=2,
+        )

@@ -12,6 +12,7 @@ from pathlib import Path
 import soundfile
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from flowomni.tokenizers import AutoencoderConfig, MelConfig, MelTokenizer, MelTokenizerConfig, VocoderConfig
 
@@ -148,11 +149,10 @@ class VocoderTraining(nn.Module):
             return mel_BFC
         whole = mel_BFC.shape[1] // tokenizer.frames_per_token * tokenizer.frames_per_token
         latent_BLD = tokenizer.encode_mel(mel_BFC[decoded_B, :whole]).float()
-        shape, device = latent_BLD.shape, latent_BLD.device
-        scale_B = torch.rand(shape[0], 1, 1, generator=generator, device=device) * self.options.latent_noise
-        noise_BLD = torch.randn(shape, generator=generator, device=device) * tokenizer.latent_std_D
+        scale_B = torch.rand(len(latent_BLD), generator=generator, device=latent_BLD.device) * self.options.latent_noise
+        noisy_BLD = tokenizer.perturb(latent_BLD, scale_B, generator)
         found_BFC = mel_BFC.clone()
-        found_BFC[decoded_B, :whole] = tokenizer.decode_mel(latent_BLD + scale_B * noise_BLD).to(mel_BFC.dtype)
+        found_BFC[decoded_B, :whole] = tokenizer.decode_mel(noisy_BLD).to(mel_BFC.dtype)
         return found_BFC
 
 
@@ -227,7 +227,8 @@ def evaluate_resynthesis(tokenizer: MelTokenizer, answers: Answers, num_answers:
         difference = front.log_mel(found_1S, num_frames).clamp(min=floor) - front.log_mel(wav_1S, num_frames).clamp(
             min=floor
         )
-        magnitude_B, phase_B = spectral_losses(found_1S, wav_1S)
+        missing = max(0, max(STFT_SIZES) - wav_1S.shape[1])  # an STFT reflects half its size at the ends
+        magnitude_B, phase_B = spectral_losses(*(functional.pad(wav, (0, missing)) for wav in (found_1S, wav_1S)))
         sums["mel_l1"] += float(difference.abs().mean())
         sums["magnitude"] += float(magnitude_B)
         sums["phase"] += float(phase_B)
