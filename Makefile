@@ -42,7 +42,7 @@ tiny: .venv/.base  ## the model in the box, retrained from nothing
 	$(TRAIN)/align.yaml
 	$(TRAIN)/speech.yaml
 	$(BIN)/python -m scripts.pack_model runs/tiny/speech/final flowomni/models/flowomni-tiny \
-		--sampling '{"solver": "euler", "num_steps": 16, "temperature": 0.6, "guidance": 1.7}'
+		--sampling '{"solver": "euler", "num_steps": 16, "temperature": 0.6, "guidance": 2.5}'
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -176,7 +176,7 @@ class FlowOmni:
         stop_threshold: float = 0.5,
     ) -> list[Answer]:
         """Answer independent questions in batches; each answer is what it would be alone (same seed)."""
-        options = self._options(speak, sampling, stop_threshold)
+        options = self.generation_options(speak, sampling, stop_threshold)
         found: list[Answer] = []
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
@@ -199,7 +199,7 @@ class FlowOmni:
         stop_threshold: float = 0.5,
     ) -> Generator[Event, None, Answer]:
         """Answer one question step by step; the concatenated events equal `answer`, which the generator returns."""
-        options = self._options(speak, sampling, stop_threshold)
+        options = self.generation_options(speak, sampling, stop_threshold)
         heard, growing = self._hear(question), _Growing()
         began = time.perf_counter()
         for step in self._generate([self._prompt(question, heard)], options, seed):
@@ -211,7 +211,10 @@ class FlowOmni:
         generators = [torch.Generator().manual_seed(seed) for _ in prompts]
         return generate(self.model, self.processor, prompts, options, generators)
 
-    def _options(self, speak: bool, sampling: dict[str, Any] | None, stop_threshold: float) -> GenerationOptions:
+    def generation_options(
+        self, speak: bool, sampling: dict[str, Any] | None, stop_threshold: float
+    ) -> GenerationOptions:
+        """Options with overrides of the head's own sampling; a ValueError names an unknown one."""
         default = self.model.head.default_sampling()
         known = [f.name for f in dataclasses.fields(default)]
         for name in sampling or {}:

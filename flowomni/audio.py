@@ -113,7 +113,8 @@ def resample(wav_S: np.ndarray, source_rate_hz: int, target_rate_hz: int) -> np.
 
 
 def write_audio(path: str | Path, wav_S: np.ndarray, sample_rate_hz: int) -> None:
-    """Write mono audio as 16-bit WAV or FLAC, by the name's ending; samples beyond full scale are clipped.
+    """Write mono audio [S], or [S, channels], as 16-bit WAV or FLAC, by the name's ending; what is beyond full scale is
+    clipped.
 
     Law: the file appears whole or not at all, and an older file of that name stays until then. Samples that were read
     from a 16-bit file are written back exactly.
@@ -126,7 +127,7 @@ def write_audio(path: str | Path, wav_S: np.ndarray, sample_rate_hz: int) -> Non
     if file_format is None:
         raise AudioError(f"{path} cannot be written: end its name in {' or '.join(WRITABLE_FORMATS)}")
     wav_S = np.asarray(wav_S, dtype=np.float32)
-    assert wav_S.ndim == 1, f"mono audio has one dimension, not shape {wav_S.shape}"
+    assert wav_S.ndim in (1, 2), f"audio is [S] or [S, channels], not of shape {wav_S.shape}"
     if not np.isfinite(wav_S).all():
         raise AudioError(f"{path} was not written: the audio for it holds NaN or infinite samples")
     pcm_S = np.clip(np.rint(wav_S * 32768.0), -32768, 32767).astype(np.int16)

@@ -85,6 +85,9 @@ class FlowOmniModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules: list[str] = []
+    # Set in training for engines (DeepSpeed, FSDP) that need every process to call the same layers in every batch: then
+    # no layer is left out because the batch has nothing for it.
+    uniform = False
 
     def __init__(self, config: FlowOmniConfig):
         super().__init__(config)
@@ -136,12 +139,12 @@ class FlowOmniModel(PreTrainedModel):
         text_BL = streams.text_BL
         x_BLH = table(text_BL.clamp(min=0)) * (text_BL != NONE).unsqueeze(-1)
         state_BL = streams.state_BL
-        speaking = bool((state_BL != NONE).any())
+        speaking = self.uniform or bool((state_BL != NONE).any())
         if speaking:
             states_BLH = self.state_embedding(state_BL.clamp(min=0)) * (state_BL != NONE).unsqueeze(-1)
             x_BLH = x_BLH + states_BLH.to(x_BLH.dtype)
         generating_BL = streams.generating_BL
-        if speaking and bool(generating_BL.any()):
+        if speaking and (self.uniform or bool(generating_BL.any())):
             token_NX = streams.speech_BLX[generating_BL]
             x_BLH = x_BLH.index_put(
                 generating_BL.nonzero(as_tuple=True), self.head.embed(token_NX).to(x_BLH.dtype), accumulate=True
@@ -159,12 +162,15 @@ class FlowOmniModel(PreTrainedModel):
         """
         losses: dict[str, Loss] = {}
         heard_NH = None
+        silent = self.uniform and self.config.encoder is not None and streams.features_BCF is None
+        if silent:
+            streams = self._with_silence(streams)
         if streams.features_BCF is not None:
             assert streams.feature_lengths_B is not None
             hidden_BTE, lengths_B = self._encode(streams.features_BCF, streams.feature_lengths_B)
             if self.loss_config.ctc_weight > 0 and streams.ctc_BT is not None:
                 losses["ctc"] = self.ctc(hidden_BTE, lengths_B, streams.ctc_BT)
-            heard_NH = self._project(hidden_BTE, lengths_B)
+            heard_NH = self._project(hidden_BTE, lengths_B)[: 0 if silent else None]
         targets_BLX = streams.speech_BLX
         if self.training:
             streams, targets_BLX = self._perturb(streams, generator)
@@ -178,6 +184,15 @@ class FlowOmniModel(PreTrainedModel):
         ).last_hidden_state
         losses |= self._text_loss(hidden_BLH, streams)
         return losses | self._speech_losses(hidden_BLH, streams, targets_BLX, mask_BL, position_BL, generator)
+
+    def _with_silence(self, streams: Streams) -> Streams:
+        """A short clip that nothing hears; its letters are none."""
+        device, num_frames = streams.text_BL.device, 4 * self.config.encoder_stack
+        fields = {**streams.__dict__}
+        fields["features_BCF"] = torch.zeros(1, self.config.encoder.num_mel_bins, num_frames, device=device)
+        fields["feature_lengths_B"] = torch.tensor([num_frames], device=device)
+        fields["ctc_BT"] = torch.full((1, 1), NONE, device=device)
+        return Streams(**fields)
 
     def _perturb(self, streams: Streams, generator: torch.Generator | None) -> tuple[Streams, Tensor]:
         """Training noise on the speech tokens: what is fed back, and what is the target (the head knows its kind)."""
@@ -202,8 +217,8 @@ class FlowOmniModel(PreTrainedModel):
         position_BL: Tensor,
         generator: torch.Generator | None,
     ) -> dict[str, Loss]:
-        state_BL = streams.state_loss_BL[:, 1:]
-        if not bool(state_BL.any()):
+        state_BL = streams.state_target_BL[:, 1:]
+        if not self.uniform and not bool(state_BL.any()):
             return {}
         speech_BLH = hidden_BLH
         if self.output_blocks is not None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from .configuration import FlowOmniConfig, LayoutConfig
 from .encoder import HeardFeatures
+from .heads import part_delays
 from .layouts import Turn, TurnLayout
 from .streams import Streams
 from .strict import strict
@@ -42,7 +43,8 @@ class FlowOmniProcessor:
         self.heard_features = None if config.encoder is None else HeardFeatures.from_whisper_config(config.encoder)
         self.max_heard_sec = 0.0 if self.heard_features is None else self.heard_features.max_heard_sec
         layout = strict(LayoutConfig, config.layout, "layout")
-        self.layout = TurnLayout(layout, text_tokenizer, eos, config.encoder_stack, spec.empty_token())
+        delay_X = part_delays(config.head, spec)
+        self.layout = TurnLayout(layout, text_tokenizer, eos, config.encoder_stack, spec.empty_token(), delay_X)
 
     def turn(self, role: str, text: str | None = None, wav_S: np.ndarray | None = None, total_sec: float = 0.0) -> Turn:
         """One turn of a conversation.

@@ -40,10 +40,13 @@ class Streams:
         heard_BL: bool, a heard position: takes the next row of the projected speech encoder output.
         mask_BL: bool, False at padding (always at the end).
         text_loss_BL: bool, the text id at this position is a target.
-        state_loss_BL: bool, the state (and the speech token of a GENERATING state) is a target.
+        state_loss_BL: bool, what the speech stream has at this position is a target: the state, where there is a
+            choice, and the speech token.
         features_BCF: float32 Whisper log-mel of the heard clips in order of appearance, or None. B here counts clips.
         feature_lengths_B: int64 true number of mel frames of each clip.
         ctc_BT: int64 UTF-8 bytes of what each clip says (auxiliary CTC target), NONE-padded, or None.
+        tail_BL: bool, positions in the STOP state that hold what is still missing of the last speech tokens, where
+            parts of a token come steps after it (`SpeechHead.part_delays`); None means nowhere.
     """
 
     text_BL: Tensor
@@ -56,16 +59,25 @@ class Streams:
     features_BCF: Tensor | None = None
     feature_lengths_B: Tensor | None = None
     ctc_BT: Tensor | None = None
+    tail_BL: Tensor | None = None
 
     @property
     def generating_BL(self) -> Tensor:
-        """bool: positions that hold an own speech token."""
-        return self.state_BL == SpeechState.GENERATING
+        """bool: positions that hold an own speech token, or parts of some."""
+        generating_BL = self.state_BL == SpeechState.GENERATING
+        return generating_BL if self.tail_BL is None else generating_BL | self.tail_BL
 
     @property
     def speech_loss_BL(self) -> Tensor:
         """bool: positions whose speech token is a target of the head."""
         return self.generating_BL & self.state_loss_BL
+
+    @property
+    def state_target_BL(self) -> Tensor:
+        """bool: positions whose state is a target of the state head: once stopped, there is nothing left to choose."""
+        stop_BL = self.state_BL == SpeechState.STOP
+        stopped_BL = torch.cat([torch.zeros_like(stop_BL[:, :1]), stop_BL[:, :-1]], dim=1)
+        return self.state_loss_BL & ~(stop_BL & stopped_BL)
 
     def to(self, device: torch.device | str) -> Streams:
         """The same streams on another device."""
@@ -77,7 +89,7 @@ class Streams:
         shifted = slice(1, None)
         return {
             "text": float(self.text_loss_BL[:, shifted].sum()),
-            "state": float(self.state_loss_BL[:, shifted].sum()),
+            "state": float(self.state_target_BL[:, shifted].sum()),
             "speech": float(self.speech_loss_BL[:, shifted].sum()),
             "ctc": float(0 if self.ctc_BT is None else (self.ctc_BT[:, :1] != NONE).sum()),
         }
@@ -110,6 +122,7 @@ def collate(rows: list[Streams], length: int | None = None) -> Streams:
         ctc_BT=_pad_last([c for row in clips for c in row.ctc_BT], NONE)  # type: ignore[union-attr]
         if clips and clips[0].ctc_BT is not None
         else None,
+        tail_BL=None if rows[0].tail_BL is None else stack("tail_BL", False),
     )
 
 

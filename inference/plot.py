@@ -1,7 +1,4 @@
-"""A picture of an answer: its mel, its speech states and its text, one above the other in time.
-
-Shapes: S samples, F mel frames, C mel bins.
-"""
+"""A picture of an answer: its mel, its speech states and its text, one above the other in time."""
 
 from __future__ import annotations
 
@@ -9,15 +6,12 @@ import io
 import os
 from pathlib import Path
 
-import numpy as np
-import torch
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from flowomni.api import Answer
-from flowomni.tokenizers.mel import MelConfig, MelFront
+from flowomni.evaluation.spectrogram import draw_mel
 
 STATE_COLORS = {"pad": "#d0d0d0", "start": "#f0b840", "generating": "#58a066", "stop": "#c8504a"}
 
@@ -40,7 +34,7 @@ def plot_answer(path: str | Path, answer: Answer, step_sec: float) -> None:
     figure = Figure(figsize=(max(6.0, 3.0 + 2.0 * len(states) * step_sec), 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     mel_axes, state_axes, text_axes = figure.subplots(3, 1, sharex=True, height_ratios=(6, 1, 2))
-    _draw_mel(mel_axes, answer.wav_S, answer.sample_rate_hz)
+    draw_mel(mel_axes, answer.wav_S, answer.sample_rate_hz)
     for time, state in zip(times, states, strict=True):
         if state:
             state_axes.axvspan(time, time + step_sec, color=STATE_COLORS[state], linewidth=0)
@@ -57,14 +51,6 @@ def plot_answer(path: str | Path, answer: Answer, step_sec: float) -> None:
     text_axes.set_xlim(min([0.0, *times]), max([answer.answer_sec, *(time + step_sec for time in times)]))
     text_axes.set_xlabel("seconds of the answer")
     _save(figure, Path(path))
-
-
-def _draw_mel(axes: Axes, wav_S: np.ndarray, sample_rate_hz: int) -> None:
-    config = MelConfig(sample_rate_hz=sample_rate_hz)
-    num_frames = max(1, len(wav_S) // config.hop_length)
-    mel_FC = MelFront(config).log_mel(torch.from_numpy(wav_S)[None], num_frames)[0]
-    extent = (0.0, num_frames * config.hop_length / sample_rate_hz, 0.0, float(config.num_mels))
-    axes.imshow(mel_FC.T.numpy(), origin="lower", aspect="auto", extent=extent, cmap="magma")
 
 
 def _save(figure: Figure, path: Path) -> None:

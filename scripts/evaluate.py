@@ -35,10 +35,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from flowomni.audio import read_audio
 from flowomni.evaluation import Clip, Heard, Interval, bootstrap_interval, listen, right_share, word_error_rate
 from scripts.evaluation_page import listening_page
 from training.manifest import Conversation, read_manifest
+from training.recordings import Recording, playable, read_recording
 from training.talk_text import DIGITS, HELD_OUT_FAMILIES
 
 if TYPE_CHECKING:
@@ -114,7 +114,8 @@ def answer_all(
         for start in range(0, len(items), batch_size):
             batch = items[start : start + batch_size]
             questions = [
-                Question(i.question.audio) if i.question.audio else Question(text=i.question.text) for i in batch
+                Question(playable(i.question.audio)) if i.question.audio else Question(text=i.question.text)
+                for i in batch
             ]
             began = time.perf_counter()
             answers += omni.answers(questions, batch_size=batch_size, seed=seed, sampling=sampling)
@@ -137,11 +138,11 @@ def score(
     Raises:
         ValueError: an item has no reference recording, or it cannot be read.
     """
-    references: dict[Path, Clip] = {}
+    references: dict[Recording, Clip] = {}
     for item in items:
         path = reference_path(item)
         if path not in references:
-            references[path] = (read_audio(path, REFERENCE_RATE_HZ).wav_S, REFERENCE_RATE_HZ)
+            references[path] = (read_recording(path, REFERENCE_RATE_HZ).wav_S, REFERENCE_RATE_HZ)
     clips = [*references.values(), *((answer.wav_S, answer.sample_rate_hz) for answer in answers)]
     heard = list(tqdm(listener(clips), desc="listening", unit="clip", total=len(clips)))
     of_reference = dict(zip(references, heard[: len(references)], strict=True))
@@ -152,7 +153,7 @@ def score(
     ]
 
 
-def reference_path(item: Conversation) -> Path:
+def reference_path(item: Conversation) -> Recording:
     """The recording of the right answer; ValueError if there is none."""
     if item.answer.audio is None:
         raise ValueError(f"{item.id} has no recording of its answer to compare with: add `audio` to its last turn")

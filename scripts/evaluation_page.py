@@ -1,5 +1,7 @@
 """The page of an evaluation: its tables, and questions with their answers to listen to, all in one HTML file.
 
+`page`, `table` and `player` are what every such page is made of.
+
 Shape legend: S samples.
 """
 
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import soundfile
 
-from flowomni.audio import read_audio
+from training.recordings import read_recording
 
 if TYPE_CHECKING:
     from scripts.evaluate import Scored
@@ -45,10 +47,7 @@ def listening_page(run: dict[str, Any], tables: Mapping[str, Table], rows: Seque
     """
     parts = ["<h1>How well it answers</h1>", f"<p>{html.escape(_describe(run))}</p>"]
     for title, (headings, lines) in tables.items():
-        parts.append(f"<h2>{html.escape(title)}</h2><div class=scroll><table>")
-        parts.append(_line("th", headings))
-        parts += [_line("td", line) for line in lines]
-        parts.append("</table></div>")
+        parts.append(table(title, headings, lines))
     parts.append("<p>In brackets: 95 % bootstrap interval over questions.</p>")
     parts.append("<h2>Listen</h2><table class=listen>")
     parts.append(_line("th", ["", "question", "answer", "reference"]))
@@ -60,9 +59,20 @@ def listening_page(run: dict[str, Any], tables: Mapping[str, Table], rows: Seque
             break
         parts.append(line)
     parts.append("</table>")
+    return page("Evaluation", parts)
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """An HTML page of its own from the parts of its body."""
     head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><style>{STYLE}</style>"
-    body = "".join(parts)
-    return f"<!doctype html><html lang=en><head><title>Evaluation</title>{head}</head><body>{body}</body></html>\n"
+    head = f"<title>{html.escape(title)}</title>{head}"
+    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+
+
+def table(title: str, headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table under its title; all is text."""
+    rows = "".join([_line("th", headings), *(_line("td", line) for line in lines)])
+    return f"<h2>{html.escape(title)}</h2><div class=scroll><table>{rows}</table></div>"
 
 
 def in_turns(rows: Sequence[Scored]) -> Iterator[Scored]:
@@ -92,16 +102,16 @@ def _line(tag: str, texts: Sequence[str]) -> str:
 
 def _listen(row: Scored) -> str:
     item, answer = row.item, row.answer
-    question = read_audio(item.question.audio, QUESTION_RATE_HZ).wav_S if item.question.audio else None
+    question = read_recording(item.question.audio, QUESTION_RATE_HZ).wav_S if item.question.audio else None
     assert item.answer.audio is not None, "checked when it was scored"
-    reference_S = read_audio(item.answer.audio, REFERENCE_RATE_HZ).wav_S
+    reference_S = read_recording(item.answer.audio, REFERENCE_RATE_HZ).wav_S
     wrong = " class=wrong" if answer.text != item.answer.text else ""
     columns = [
         f"{html.escape(item.family)}<br><small>{html.escape(item.voice_group)}</small>",
-        f"{_player(question, QUESTION_RATE_HZ)}<br>{html.escape(item.question.text) or '<i>no words</i>'}",
-        f"{_player(answer.wav_S, answer.sample_rate_hz)}<br><span{wrong}>{html.escape(answer.text)}</span>"
+        f"{player(question, QUESTION_RATE_HZ)}<br>{html.escape(item.question.text) or '<i>no words</i>'}",
+        f"{player(answer.wav_S, answer.sample_rate_hz)}<br><span{wrong}>{html.escape(answer.text)}</span>"
         + _heard(row.heard.loop, row.heard.open, row.heard.quality.overall),
-        f"{_player(reference_S, REFERENCE_RATE_HZ)}<br>{html.escape(item.answer.text)}"
+        f"{player(reference_S, REFERENCE_RATE_HZ)}<br>{html.escape(item.answer.text)}"
         + _heard(row.reference.loop, row.reference.open, row.reference.quality.overall),
     ]
     return "<tr>" + "".join(f"<td>{column}</td>" for column in columns) + "</tr>"
@@ -112,7 +122,8 @@ def _heard(loop: str, open_: str, overall: float) -> str:
     return f"<br><small>{lines}</small>"
 
 
-def _player(wav_S: np.ndarray | None, sample_rate_hz: int) -> str:
+def player(wav_S: np.ndarray | None, sample_rate_hz: int) -> str:
+    """Controls that play mono float32 audio [S], which they hold, without loss."""
     if wav_S is None or not len(wav_S):
         return "<i>no audio</i>"
     encoded = io.BytesIO()

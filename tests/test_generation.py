@@ -19,7 +19,7 @@ from flowomni.api import Event, FlowOmni, Question
 from flowomni.generation import GenerationOptions, Step, generate
 from flowomni.layouts import Turn
 from flowomni.streams import NONE, SpeechState, Streams
-from tests.tiny import INSTRUCTIONS, tiny_model
+from tests.tiny import lively_model
 
 RATE = 16_000
 ALWAYS, NEVER = 1e-9, 1 - 1e-9  # stop thresholds
@@ -28,26 +28,7 @@ ALWAYS, NEVER = 1e-9, 1 - 1e-9  # stop thresholds
 @pytest.fixture(scope="module")
 def omni() -> FlowOmni:
     """A model whose random weights say several words and stop now and then, in speech and in text."""
-    model, processor = tiny_model(
-        seed=7,
-        head={"kind": "flow", "width": 32, "num_blocks": 1, "objective": "lsd"},  # draws in one step: quick
-        layout={"instructions": INSTRUCTIONS, "max_answer_tokens": 16},
-    )
-    generator = torch.Generator().manual_seed(0)
-    assert model.output_blocks is not None
-    with torch.no_grad():
-        for block in (*model.llm.model.layers, *model.output_blocks.blocks.layers):
-            for parameter in block.parameters():
-                if parameter.ndim > 1:
-                    parameter *= 4  # far from the identity, or every answer would repeat its prompt
-        model.llm.lm_head = torch.nn.Linear(32, len(processor.text_tokenizer))
-        model.llm.lm_head.weight.normal_(std=0.4, generator=generator)
-        model.llm.lm_head.bias[:] = 0.0
-        model.llm.lm_head.bias[:50] = -1e4  # no special tokens, few letters
-        model.llm.lm_head.bias[processor.text_eos_id] = 4.5  # about one token in six
-        model.state_head.classify.weight *= 3  # decided, yet far from the thresholds NEVER and ALWAYS
-        model.state_head.classify.bias[SpeechState.STOP] -= 1.5
-    return FlowOmni(model, processor)
+    return FlowOmni(*lively_model())
 
 
 def wav(sec: float, seed: int) -> tuple[np.ndarray, int]:

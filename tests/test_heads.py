@@ -6,7 +6,7 @@ A new head joins by a line in `CASES`.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -14,23 +14,44 @@ import torch
 from torch import Tensor
 
 from flowomni import flow
-from flowomni.heads import HEADS, FlowHead, FlowHeadConfig, FlowSampling, SpeechHead, build_head, head_config
+from flowomni.heads import (
+    HEADS,
+    CodeSampling,
+    FlowHead,
+    FlowHeadConfig,
+    FlowSampling,
+    RegressionSampling,
+    SpeechHead,
+    build_head,
+    head_config,
+)
 from flowomni.tokenizers.base import TokenSpec
 
 HIDDEN, DIM = 12, 20
 LATENTS = TokenSpec("continuous", DIM, 0, 0, 24_000, 2_048, 0)
 CODES = TokenSpec("discrete", 0, 4, 64, 24_000, 2_048, 0)
+ONE_CODE = TokenSpec("discrete", 0, 1, 64, 24_000, 2_048, 0)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A head to hold to the contract."""
+    """A head to hold to the contract.
+
+    Attributes:
+        lively: config under which the loss is its expectation.
+        misspelt: an unknown key, and the nearest that there is.
+        random_loss, random_token: whether the loss and the samples depend on the generator.
+    """
 
     config: dict[str, Any]
     spec: TokenSpec
     wrong_spec: TokenSpec
     samplings: list[Any]
     bad_samplings: list[tuple[dict[str, Any], str]]
+    lively: dict[str, Any] = field(default_factory=dict)
+    misspelt: tuple[str, str] = ("widht", "width")
+    random_loss: bool = False
+    random_token: bool = True
 
     def head(self, **changes: Any) -> SpeechHead:
         torch.manual_seed(0)
@@ -61,9 +82,53 @@ ODE_SAMPLINGS = [
 ]
 JUMPS = [FlowSampling(num_steps=n, solver="map", guidance=guidance) for n, guidance in [(1, 1.0), (3, 1.0), (1, 1.5)]]
 FLOW = {"kind": "flow", "width": 16, "num_blocks": 2, "condition_dropout": 0.5}
+MANY_DRAWS: dict[str, Any] = {
+    "lively": {"num_draws": 4_000},
+    "misspelt": ("num_draw", "num_draws"),
+    "random_loss": True,
+}
+BAD_CODE_SAMPLINGS = [
+    ({"temperature": -0.1}, "temperature is -0.1"),
+    ({"temperature": float("inf")}, "temperature is inf"),
+    ({"top_k": -1}, "top_k is -1"),
+    ({"top_k": 2.0}, "top_k is 2.0"),
+    ({"top_p": 0.0}, "top_p is 0.0"),
+    ({"top_p": 1.5}, "top_p is 1.5"),
+]
+CODE_SAMPLINGS = [
+    CodeSampling(),
+    CodeSampling(temperature=1.5),
+    CodeSampling(top_k=20),
+    CodeSampling(top_p=0.9),
+    CodeSampling(2.0, 30, 0.8),
+]
+PARALLEL = {"width": 16, "num_blocks": 2, "code_dim": 8}
+NOISY = {"feedback_replace": 0.5, "feedback_drop": 0.5}
+DEPTH = {"kind": "depth", "width": 16, "num_heads": 2, "code_dim": 8}
 CASES = {
-    "flow-cfm": Case(FLOW, LATENTS, CODES, ODE_SAMPLINGS, BAD_FLOW_SAMPLINGS),
-    "flow-lsd": Case(FLOW | {"objective": "lsd"}, LATENTS, CODES, ODE_SAMPLINGS + JUMPS, BAD_FLOW_SAMPLINGS),
+    "flow-cfm": Case(FLOW, LATENTS, CODES, ODE_SAMPLINGS, BAD_FLOW_SAMPLINGS, **MANY_DRAWS),
+    "flow-lsd": Case(
+        FLOW | {"objective": "lsd"}, LATENTS, CODES, ODE_SAMPLINGS + JUMPS, BAD_FLOW_SAMPLINGS, **MANY_DRAWS
+    ),
+    "regression-l1": Case(
+        {"kind": "regression", "width": 16, "num_blocks": 2},
+        LATENTS,
+        CODES,
+        [RegressionSampling()],
+        [],
+        random_token=False,
+    ),
+    "regression-l2": Case(
+        {"kind": "regression", "width": 16, "num_blocks": 1, "loss": "l2"},
+        LATENTS,
+        CODES,
+        [RegressionSampling()],
+        [],
+        random_token=False,
+    ),
+    "single": Case(PARALLEL | {"kind": "single"} | NOISY, ONE_CODE, LATENTS, CODE_SAMPLINGS, BAD_CODE_SAMPLINGS),
+    "delay": Case(PARALLEL | {"kind": "delay"}, CODES, LATENTS, CODE_SAMPLINGS, BAD_CODE_SAMPLINGS),
+    "depth": Case(DEPTH | {"level_weights": [5, 1]} | NOISY, CODES, LATENTS, CODE_SAMPLINGS, BAD_CODE_SAMPLINGS),
 }
 ROWS = torch.tensor([0, 0, 0, 2, 2, 3, 3])
 N = len(ROWS)
@@ -107,7 +172,7 @@ def test_loss_is_a_sum_with_a_count_and_detached_parts(case: Case) -> None:
 def test_loss_is_a_function_of_the_generator(case: Case) -> None:
     head, tokens = case.head(), case.tokens(N)
     first, again, other = (head.loss(hidden(N), tokens, ROWS, seeded(seed)).sum for seed in (0, 0, 1))
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(first, again) and torch.equal(first, other) != case.random_loss
 
 
 def test_loss_without_positions_is_zero_and_still_differentiable(case: Case) -> None:
@@ -145,8 +210,8 @@ def test_gradient_reaches_hidden_and_every_parameter(case: Case) -> None:
 
 
 def test_loss_of_a_batch_is_the_sum_over_its_parts(case: Case) -> None:
-    """With so many draws that the loss is its expectation."""
-    head, hidden_NH, tokens = case.head(num_draws=4_000).eval(), hidden(2), case.tokens(2)
+    """With so many draws, where there are any, that the loss is its expectation."""
+    head, hidden_NH, tokens = case.head(**case.lively).eval(), hidden(2), case.tokens(2)
     together = head.loss(hidden_NH, tokens, ROWS[:2], seeded(0))
     apart = [head.loss(hidden_NH[i : i + 1], tokens[i : i + 1], ROWS[:1], seeded(5 + i)) for i in range(2)]
     assert together.count == sum(part.count for part in apart)
@@ -159,7 +224,7 @@ def test_sampling_is_a_function_of_the_generator(case: Case) -> None:
         first, again, other = (head.sample(hidden(3), sampling, seeded(seed)) for seed in (0, 0, 1))
         assert first.shape == case.tokens(3).shape and first.dtype == case.tokens(3).dtype
         assert not first.requires_grad and bool(first.isfinite().all())
-        assert torch.equal(first, again) and not torch.equal(first, other)
+        assert torch.equal(first, again) and torch.equal(first, other) != case.random_token
 
 
 def test_a_row_with_its_own_generator_is_that_row_alone(case: Case) -> None:
@@ -211,8 +276,9 @@ def test_save_and_load(case: Case) -> None:
 def test_config_is_strict(case: Case) -> None:
     with pytest.raises(ValueError, match=r"head.kind is 'flux'.*flow"):
         head_config({"kind": "flux"})
-    with pytest.raises(ValueError, match=r"head.num_draw: unknown key; did you mean 'num_draws'\?"):
-        head_config(case.config | {"num_draw": 4})
+    wrong, right = case.misspelt
+    with pytest.raises(ValueError, match=rf"head.{wrong}: unknown key; did you mean '{right}'\?"):
+        head_config(case.config | {wrong: 4})
 
 
 # --- The flow head ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The tokenizer stage: every bottleneck learns, through the wave and against discriminators too; runs can be cut up.
 
-Shapes: B batch, S samples, L speech tokens, D latent dimension, K codebooks.
+Shapes: B batch, S samples, F mel frames, L speech tokens, D latent dimension, K codebooks, N tokens or frames.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ import yaml
 from vocos.loss import DiscriminatorLoss, FeatureMatchingLoss, GeneratorLoss
 
 from flowomni.tokenizers import AutoencoderConfig, MelTokenizer, VocoderConfig
+from tests.test_distillation import needs_flite, save_text_teacher, save_whisper, spoken
 from tests.test_training import check_resume, read_log
 from training.adversarial import AdversarialOptions, Adversary
-from training.stages.tokenizer import TokenizerOptions, TokenizerStage
+from training.distillation import CorpusTargets, DistillationOptions, Targets, TimedVectors
+from training.stages.answers import Answers, Place
+from training.stages.tokenizer import TokenizerBatch, TokenizerOptions, TokenizerStage
 from training.stages.vocoder import VocoderOptions, VocoderStage
 from training.train import RunOptions, train
 
@@ -53,18 +56,37 @@ ADVERSARIAL = AdversarialOptions(weight=0.1, feature_weight=0.1, periods=(), fft
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> str:
-    """Tones of changing pitch, and the checkpoint of an untrained vocoder in `vocoder`."""
+    """Tones of changing pitch, said to be words; an untrained vocoder in `vocoder`, teachers in `text` and `speech`."""
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "answers").mkdir()
-    rng = np.random.default_rng(0)
+    rng, texts = np.random.default_rng(0), {}
     for index in range(6):
         time_S = np.arange(20000) / 24000
         pitch_S = 150 + 20 * index + 50 * np.sin(2 * np.pi * 3 * time_S)
         phase_S = 2 * np.pi * np.cumsum(pitch_S) / 24000
         wav_S = sum(0.1 / k * np.sin(k * phase_S) for k in range(1, 20)) + rng.normal(0, 1e-3, 20000)
+        texts[f"{index:016x}.flac"] = " ".join(["seven", "banana", "green", "winter"][: 1 + index % 4])
         soundfile.write(folder / "answers" / f"{index:016x}.flac", wav_S, 24000, subtype="PCM_16")
+    write_manifest(folder, texts)
+    save_text_teacher(folder / "text")
+    save_whisper(folder / "speech")
     VocoderStage(VocoderOptions(str(folder), vocoder=VocoderConfig(**VOCODER)), seed=0).save(folder / "vocoder")
     return str(folder)
+
+
+def write_manifest(folder: Path, texts: dict[str, str]) -> None:
+    """Of answers by file name."""
+    lines = []
+    for name, text in texts.items():
+        answer = {"role": "assistant", "text": text, "audio": f"answers/{name}", "duration_sec": 1.0}
+        lines.append(json.dumps({"id": name, "split": "train", "turns": [{"role": "user", "text": "say"}, answer]}))
+    (folder / "manifest.jsonl").write_text("\n".join(lines))
+
+
+def distillation_of(corpus: str, **changes: Any) -> DistillationOptions:
+    """Both teachers; padded, because tones are not aligned."""
+    values = {"text_teacher": f"{corpus}/text", "speech_teacher": f"{corpus}/speech", "cache": f"{corpus}/targets"}
+    return DistillationOptions(**values | {"placement": "padded"} | changes)
 
 
 def options_of(corpus: str, kind: str = "sigma_vae", **changes: Any) -> TokenizerOptions:
@@ -212,6 +234,145 @@ def test_the_discriminators_learn_to_tell(corpus: str) -> None:
     assert found[-1]["discriminator"] < 0.5 * found[0]["discriminator"]
 
 
+# distillation
+
+
+def test_crops_are_drawn_as_ever(tmp_path: Path) -> None:
+    """The places of an earlier version, so that runs begun with it go on with the same audio."""
+    (tmp_path / "answers").mkdir()
+    for index in range(3):
+        soundfile.write(tmp_path / "answers" / f"{index}.flac", np.zeros(8), 24000)
+    answers = Answers(str(tmp_path), 24000)
+    assert sorted(answers.training_names) == ["0.flac", "1.flac", "2.flac"]
+    answers.training = [np.arange(num, dtype=np.int16) for num in (20000, 400, 5000)]
+    wanted = [(1, 0), (2, 1996), (0, 12528), (0, 9394), (2, 859), (0, 1222), (1, 0), (0, 14512)]
+    assert answers.places(8, 2048, 3, 7) == [Place(*place) for place in wanted]
+    wav_BS = answers.crops(8, 2048, 100, 3, 7) * 32768
+    assert wav_BS[:, 100].tolist() == [start for _, start in wanted]
+
+
+@pytest.mark.parametrize("kind", BOTTLENECKS)
+def test_what_is_distilled_is_what_a_model_would_read(corpus: str, kind: str) -> None:
+    stage = tokenizer_stage(corpus, kind)
+    found = stage.module.reconstruct(stage.batch(0, 0, 1), torch.Generator().manual_seed(0))
+    wanted = {
+        "fsq": found.bottleneck.latent_BLD,
+        "vq": found.bottleneck.level_KBLD,
+        "rvq": found.bottleneck.level_KBLD,
+    }.get(kind, found.before_BLD)
+    assert found.features is wanted
+
+
+@pytest.mark.parametrize("kind", ["kl_vae", "fsq", "rvq"])
+def test_the_teachers_are_learned_from(corpus: str, kind: str) -> None:
+    """Also through the quantisers; `none`, `sigma_vae` and `vq` give the same kinds of features."""
+    changes: dict[str, Any] = {"l1_weight": 0.0, "l2_weight": 0.0}
+    stage = tokenizer_stage(corpus, kind, distillation=distillation_of(corpus, weight=2.0), **changes)
+    assert {name: w for name, w in stage.weights.items() if w >= 1.0 and name != "penalty"} == {
+        "distill_text": 1.0,
+        "distill_speech": 1.0,
+    }
+    batch = stage.batch(0, 0, 1)
+    assert {kind: targets.target_BLT.shape for kind, targets in batch.targets.items()} == {
+        "text": (6, 6, 16),
+        "speech": (6, 6, 12),
+    }
+    losses = stage.module(batch, torch.Generator().manual_seed(0))
+    assert {name: float(loss.count) for name, loss in losses.items()} == stage.counts(batch)
+    losses["distill_text"].sum.backward()
+    tokenizer = stage.module.tokenizer
+    assert float(tokenizer.encoder.patch.weight.grad.abs().sum()) > 0
+    assert all(p.grad is None for p in tokenizer.decoder.parameters())
+    found = train_some(stage, 40)
+    for name in ("distill_text", "distill_speech"):
+        assert sum(values[name] for values in found[-5:]) / 5 < found[0][name] - 0.05
+
+
+def test_distillation_changes_nothing_else(corpus: str) -> None:
+    """A run with it starts from the same weights, on the same audio, with the same noise."""
+    plain = tokenizer_stage(corpus, "rvq", adversarial=ADVERSARIAL)
+    distilled = tokenizer_stage(corpus, "rvq", adversarial=ADVERSARIAL, distillation=distillation_of(corpus))
+    state = distilled.module.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in plain.module.state_dict().items())
+    assert {name.split(".")[0] for name in state} - {name.split(".")[0] for name in plain.module.state_dict()} == {
+        "distillation"
+    }
+    assert torch.equal(plain.batch(3, 0, 1).wav_BS, distilled.batch(3, 0, 1).wav_BS)
+    batch = distilled.batch(0, 0, 1)
+    first = {kind: Targets(each.target_BLT[:1], each.mask_BL[:1]) for kind, each in batch.targets.items()}
+    few = TokenizerBatch(batch.wav_BS[:1], first)  # the discriminators are slow
+    losses = [m.module(few, torch.Generator().manual_seed(1)) for m in (plain, distilled)]
+    assert all(torch.equal(loss.sum, losses[1][name].sum) for name, loss in losses[0].items())
+
+
+def test_targets_and_tokens_have_one_time(corpus: str, tmp_path: Path) -> None:
+    """A click in an answer is found in the token whose target covers it, wherever the crop starts."""
+    (tmp_path / "answers").mkdir()
+    at_samples = {f"{index}.flac": 9000 + 3001 * index for index in range(5)}
+    for name, at in at_samples.items():
+        wav_S = np.zeros(30000)
+        wav_S[at] = 0.5
+        soundfile.write(tmp_path / "answers" / name, wav_S, 24000, subtype="PCM_16")
+    stage = TokenizerStage(dataclasses.replace(options_of(corpus), corpus=str(tmp_path), batch_size=40), 0)
+    module, token_samples = stage.module, stage.module.tokenizer.spec.samples_per_token
+    half, hop = token_samples / 2, module.tokenizer.front.config.hop_length
+
+    def outside(shift_samples: int) -> int:
+        """Crops of which the loudest frame's centre lies outside the token with a target, by more than half a hop."""
+        spans = {name: (at + shift_samples + np.array([[-half, half]])) / 24000 for name, at in at_samples.items()}
+        store = {name: TimedVectors(torch.tensor(span), torch.ones(1, 3)) for name, span in spans.items()}
+        stage.targets = CorpusTargets({"speech": store}, {"speech": 3}, token_samples / 24000, "masked")
+        num_outside = num_seen = 0
+        for index in range(3):
+            batch = stage.batch(index, 0, 1)
+            mel_BFC = module.reconstruct(batch, torch.Generator()).mel_BFC
+            for mel_FC, mask_L in zip(mel_BFC, batch.targets["speech"].mask_BL, strict=True):
+                loud_F = mel_FC.exp().sum(1)
+                if not 2 < int(loud_F.argmax()) < len(loud_F) - 3 or not mask_L.any():
+                    continue  # no click, or at an edge
+                num_seen += 1
+                centre = int(loud_F.argmax()) * hop - int(mask_L.nonzero()[0, 0]) * token_samples
+                num_outside += not -hop / 2 <= centre <= token_samples + hop / 2
+        assert num_seen > 40
+        return num_outside
+
+    assert outside(0) == 0
+    for shift_samples in (-module.margin_frames * hop, module.margin_frames * hop):
+        assert outside(shift_samples) > 0
+
+
+@needs_flite
+def test_words_are_distilled_where_they_are_spoken(corpus: str, tmp_path: Path) -> None:
+    (tmp_path / "answers").mkdir()
+    texts = {"0.flac": "seven banana", "1.flac": "green winter"}
+    for name, text in texts.items():
+        wav_S = np.repeat(spoken(tmp_path, text), 3)[::2]  # 16 to 24 kHz, well enough
+        soundfile.write(tmp_path / "answers" / name, wav_S, 24000, subtype="PCM_16")
+    write_manifest(tmp_path, texts)
+    distillation = distillation_of(corpus, placement="aligned", speech_teacher="", cache=str(tmp_path / "targets"))
+    stage = TokenizerStage(dataclasses.replace(options_of(corpus), corpus=str(tmp_path), distillation=distillation), 0)
+    assert stage.targets is not None and not stage.targets.skipped["text"]
+    found = train_some(stage, 3)
+    assert all(0 < values["distill_text"] < 1 for values in found)
+    mask_BL = stage.batch(0, 0, 1).targets["text"].mask_BL
+    assert mask_BL.any() and not mask_BL.all()
+
+
+def test_centred_targets_have_no_mean(corpus: str) -> None:
+    """Over all answers and their time; what has no target stays zero."""
+    changed = [tokenizer_stage(corpus, distillation=distillation_of(corpus, center=center)) for center in (False, True)]
+    names = changed[0].answers.training_names
+    plain, centred = (stage.targets.batch(names, [0.0] * len(names), 12) for stage in changed)
+    for kind in ("text", "speech"):
+        mask_BL = centred[kind].mask_BL
+        assert torch.equal(mask_BL, plain[kind].mask_BL) and not mask_BL.all()
+        means = [batch[kind].target_BLT[mask_BL].mean(0).abs().max() for batch in (plain, centred)]
+        assert float(means[1]) < 0.2 * float(means[0])
+        moved_NT = plain[kind].target_BLT[mask_BL] - centred[kind].target_BLT[mask_BL]
+        torch.testing.assert_close(moved_NT, moved_NT[:1].expand_as(moved_NT), atol=1e-5, rtol=1e-4)
+        assert not centred[kind].target_BLT[~mask_BL].any()
+
+
 # runs
 
 
@@ -230,6 +391,7 @@ def hard_options(corpus: str) -> TokenizerOptions:
         magnitude_weight=0.5,
         train_vocoder=True,
         adversarial=ADVERSARIAL,
+        distillation=distillation_of(corpus, center=True),
         num_eval_answers=2,
     )
 
@@ -240,7 +402,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(corpus: str, tmp_path: Path
 
     check_resume(run, hard_options(corpus), TokenizerStage, cut_at=6)
     final = MelTokenizer.from_pretrained(tmp_path / "cut" / "final")
-    assert not any("adversary" in name for name in final.state_dict())
+    assert not any("adversary" in name or "distillation" in name for name in final.state_dict())
 
 
 def test_two_processes_are_one(corpus: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from flowomni.build import assemble
 from flowomni.modeling import FlowOmniModel
 from flowomni.processing import FlowOmniProcessor
+from flowomni.streams import SpeechState
 from flowomni.tokenizers import MelTokenizer, MelTokenizerConfig
 from training.text_tokenizer import build_text_tokenizer
 
@@ -106,3 +107,27 @@ def tiny_model(seed: int = 0, **sections: Any) -> tuple[FlowOmniModel, FlowOmniP
     for parameter in model.head.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model.eval(), processor
+
+
+def lively_model() -> tuple[FlowOmniModel, FlowOmniProcessor]:
+    """A model whose random weights say several words and stop now and then, in speech and in text."""
+    model, processor = tiny_model(
+        seed=7,
+        head={"kind": "flow", "width": 32, "num_blocks": 1, "objective": "lsd"},  # draws in one step: quick
+        layout={"instructions": INSTRUCTIONS, "max_answer_tokens": 16},
+    )
+    generator = torch.Generator().manual_seed(0)
+    assert model.output_blocks is not None
+    with torch.no_grad():
+        for block in (*model.llm.model.layers, *model.output_blocks.blocks.layers):
+            for parameter in block.parameters():
+                if parameter.ndim > 1:
+                    parameter *= 4  # far from the identity, or every answer would repeat its prompt
+        model.llm.lm_head = torch.nn.Linear(32, len(processor.text_tokenizer))
+        model.llm.lm_head.weight.normal_(std=0.4, generator=generator)
+        model.llm.lm_head.bias[:] = 0.0
+        model.llm.lm_head.bias[:50] = -1e4  # no special tokens, few letters
+        model.llm.lm_head.bias[processor.text_eos_id] = 4.5  # about one token in six
+        model.state_head.classify.weight *= 3  # decided, yet far from the thresholds NEVER and ALWAYS
+        model.state_head.classify.bias[SpeechState.STOP] -= 1.5
+    return model, processor

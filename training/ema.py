@@ -1,4 +1,4 @@
-"""Exponential moving average of trainable parameters."""
+"""Exponential moving average of trainable parameters, or of a process's pieces of them (`training.engines`)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def local(parameter: Tensor) -> Tensor:
+    """The piece of a parameter that this process holds, which is all of it but for FSDP2 and ZeRO-3; a view."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    return getattr(parameter, "ds_tensor", parameter)  # ZeRO-3
 
 
 class Ema:
@@ -20,7 +28,7 @@ class Ema:
         self.decay = decay
         self.num_updates = 0
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        self.averages = {n: p.detach().float().clone() for n, p in self.parameters.items()}
+        self.averages = {n: local(p).detach().float().clone() for n, p in self.parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -28,13 +36,13 @@ class Ema:
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         averages = list(self.averages.values())
-        current = [p.detach().float() for p in self.parameters.values()]
+        current = [local(p).detach().float() for p in self.parameters.values()]
         torch._foreach_lerp_(averages, current, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the context the module holds the averages; afterwards the trained weights again."""
-        kept = {n: p.detach().clone() for n, p in self.parameters.items()}
+        kept = {n: local(p).detach().clone() for n, p in self.parameters.items()}
         self._copy(self.averages)
         try:
             yield
@@ -44,7 +52,7 @@ class Ema:
     @torch.no_grad()
     def _copy(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])
+            local(parameter).copy_(values[name])
 
     def state_dict(self) -> dict[str, object]:
         return {"num_updates": self.num_updates, "averages": self.averages}

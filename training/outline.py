@@ -120,7 +120,11 @@ def _vocoder(options: VocoderOptions, sizes: Sizes) -> nn.Module:
 def _tokenizer(options: TokenizerOptions, sizes: Sizes) -> nn.Module:
     vocoder = _tokenizer_config(sizes, options.vocoder, "options.vocoder")
     config = MelTokenizerConfig(vocoder.mel, options.autoencoder, vocoder.vocoder)
-    return TokenizerTraining(MelTokenizer(config), options)
+    teachers: dict[str, str] = {}
+    if options.distillation is not None:
+        teachers = {kind: getattr(options.distillation, f"{kind}_teacher") for kind in options.distillation.teachers}
+    dims = {kind: sizes.of(path, f"options.distillation.{kind}_teacher").hidden_size for kind, path in teachers.items()}
+    return TokenizerTraining(MelTokenizer(config), options, dims)
 
 
 def _text(options: TextOptions, sizes: Sizes) -> nn.Module:

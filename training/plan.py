@@ -175,7 +175,9 @@ def _speech(model: FlowOmniModel, options: SpeechOptions, num_bytes: int) -> tup
     num_heard, num_spoken = num_frames / config.encoder_stack, spoken_sec * spec.tokens_per_sec
     num_text = options.max_example_sec * TEXT_TOKENS_PER_SEC
     length = math.ceil(TEMPLATE_TOKENS + num_text + max(num_heard, num_spoken))
-    rows, eager = options.batch_size, options.attention == "eager"
+    budget = options.max_tokens_per_batch
+    rows = options.batch_size if budget is None else max(1, budget // length)
+    eager = options.attention == "eager"
 
     def kept(module: nn.Module | None, row: float, bytes_each: int = num_bytes) -> int:
         return 0 if module is None else activations(module, rows * row, bytes_each, math.ceil(row) if eager else 0)
@@ -242,9 +244,23 @@ def _tokenizer(module: VocoderTraining | TokenizerTraining, num_bytes: int) -> t
     kept = activations([tokenizer.encoder, tokenizer.decoder], num_tokens, num_bytes)
     kept += activations(tokenizer.decoder.frame_blocks, num_tokens * (per_token - 1), num_bytes)
     parts = [Part("speech tokenizer: autoencoder", *_counts(autoencoder), kept), vocoder]
+    flowing = autoencoder.num_parameters
+    if module.options.wave:
+        num_frames = num_tokens * per_token
+        kept = activations(tokenizer.vocoder, num_frames, num_bytes)
+        kept += num_frames * tokenizer.front.config.hop_length * STFT_BYTES_PER_SAMPLE * len(STFT_SIZES)
+        parts[1] = Part(vocoder.name, *_counts(vocoder), kept)
+        flowing += vocoder.num_parameters
+    if module.adversary is not None:  # its activations are not counted: they depend on sizes that vocos fixes
+        parts.append(_part("discriminators", [module.adversary]))
+        flowing += parts[-1].num_parameters
+    if module.distillation is not None:
+        kept = activations(module.distillation, num_tokens, num_bytes)
+        parts.append(_part("projections to teachers", [module.distillation], kept))
+        flowing += parts[-1].num_parameters
     return (
         parts,
-        autoencoder.num_parameters,
+        flowing,
         f"{options.batch_size} crops of {module.options.crop_tokens} speech tokens",
     )
 

@@ -9,25 +9,28 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .checkpoint import Checkpoints
+from .checkpoint import Checkpoints, defaults_of, settings_of
 from .config import parse
 from .ema import Ema
-from .logs import Logs
+from .engines import Whole, engine_name, innermost, is_sharded, make_accelerator
+from .logs import Logs, Throughput
 from .stages.base import Stage, rng_for
+from .summary import write_summary
 
 
 @dataclass
@@ -36,7 +39,7 @@ class RunOptions:
 
     Attributes:
         stage: what to train; a name from `training.stages.STAGES`.
-        output_dir: the run's folder: config.yaml, log.jsonl, samples/, checkpoints/, final/.
+        output_dir: the run's folder: config.yaml, log.jsonl, samples/, checkpoints/, final/, summary.html.
         max_steps: optimizer steps in all; the learning rate reaches its end there.
         learning_rate, min_learning_rate: peak and end of the cosine schedule.
         warmup_steps: linear warm-up.
@@ -47,7 +50,12 @@ class RunOptions:
         mixed_precision: "no" or "bf16" (on CPUs with AVX512-BF16 or AMX, and on GPUs) or "fp16" (GPUs).
         log_every, eval_every, save_every: in steps; 0 turns the last two off except at the end.
         keep_checkpoints: newest checkpoints that stay.
-        compile: torch.compile of every transformer layer: a minute of waiting, then 1.3 to 1.7 times faster steps (CPU).
+        best_metric: an evaluated value, "eval/wer_own_text" say: whenever it improves, a checkpoint is written, and the
+            best one stays besides the newest. Empty: none.
+        best_is: whether a "lower" or a "higher" value is better.
+        compile: torch.compile of every transformer layer: a minute of waiting, then steps 1.3 to 1.7 times faster.
+        gradient_checkpointing: keep only the inputs of transformer layers and compute the rest again in the backward
+            pass: a third more time, a fraction of the memory, the same gradients.
         num_threads: CPU threads of each process; 0 leaves torch's default.
         wandb: "disabled", "offline" or "online"; the local log.jsonl is always written.
         seed: data order, initial weights and noise.
@@ -68,7 +76,10 @@ class RunOptions:
     eval_every: int = 0
     save_every: int = 0
     keep_checkpoints: int = 2
+    best_metric: str = ""
+    best_is: Literal["lower", "higher"] = "lower"
     compile: bool = False
+    gradient_checkpointing: bool = False
     num_threads: int = 0
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     seed: int = 0
@@ -89,7 +100,11 @@ _NOT_IN_FINGERPRINT = (
     "eval_every",
     "save_every",
     "keep_checkpoints",
+    "best_metric",
+    "best_is",
+    "accumulation",  # with the number of processes, see `fingerprint_of`
     "compile",
+    "gradient_checkpointing",
     "num_threads",
     "wandb",
 )
@@ -100,28 +115,33 @@ def train(run: RunOptions, options: Any, stage_class: Callable[..., Stage]) -> P
 
     Raises:
         ValueError: bad configuration, or a checkpoint of another one.
-        FloatingPointError: a loss that is not finite; the last good checkpoint stays.
+        FloatingPointError: a loss or gradient that is not finite; the last good checkpoint stays.
     """
     if run.num_threads:
         torch.set_num_threads(run.num_threads)
-    # a batch of one task leaves parts of the model unused (nothing heard, nothing spoken), other ones on each process
-    parallel = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(mixed_precision=run.mixed_precision, kwargs_handlers=[parallel])
+    accelerator = make_accelerator(run.mixed_precision, run.clip_norm)
     torch.manual_seed(run.seed)
     stage = stage_class(options, run.seed)
+    if engine_name(accelerator) != "plain":
+        stage.prepare_for_engine(engine_name(accelerator))
     folder = Path(run.output_dir)
-    settings = asdict(run) | {f"options.{k}": v for k, v in asdict(options).items()}
-    fingerprint = {k: v for k, v in settings.items() if k not in _NOT_IN_FINGERPRINT}
     optimizer = torch.optim.AdamW(
         parameter_groups(stage.module, run.weight_decay), lr=run.learning_rate, betas=(0.9, 0.99)
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, run))
+    if run.gradient_checkpointing:
+        checkpoint_layers(stage.module)
     if run.compile:
         compile_layers(stage.module)
     module, optimizer = accelerator.prepare(stage.module, optimizer)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(innermost(optimizer), lambda step: learning_rate_factor(step, run))
     ema = Ema(stage.module, run.ema_decay)  # after `prepare`, which moves the parameters to their device
-    accelerator.register_for_checkpointing(scheduler, ema)
-    checkpoints = Checkpoints(folder / "checkpoints", accelerator, fingerprint, run.keep_checkpoints)
+    whole = Whole(stage, module, ema, accelerator, lambda: stage_class(options, run.seed))
+    fingerprint, defaults = fingerprint_of(run, options, accelerator)
+    checkpoints = Checkpoints(
+        folder / "checkpoints", accelerator, fingerprint, run.keep_checkpoints, run.best_metric, run.best_is, defaults
+    )
+    checkpoints.register(scheduler)
+    checkpoints.register(ema, of_each_process=is_sharded(accelerator))
     first = checkpoints.resume()
     if first >= run.max_steps and (folder / "final").is_dir():
         accelerator.print(f"{folder} is finished ({first} steps): {folder / 'final'}")
@@ -131,37 +151,39 @@ def train(run: RunOptions, options: Any, stage_class: Callable[..., Stage]) -> P
         total=run.max_steps, initial=first, desc=run.stage, unit="step", disable=not accelerator.is_main_process
     )
     feed = Feed(stage, run, accelerator, first)
-    tokens, since = 0, time.perf_counter()
+    throughput = Throughput()
     for step in range(first, run.max_steps):
         batches = feed.next()
         values = optimize(stage, module, optimizer, batches, accelerator, run, step)
         scheduler.step()
         ema.update()
-        tokens += sum(stage.num_tokens(b) for b in batches) * accelerator.num_processes
+        throughput.add(stage, batches)
         done = step + 1
         if done % run.log_every == 0 or done == run.max_steps:
-            elapsed = time.perf_counter() - since
-            values |= {"learning_rate": float(scheduler.get_last_lr()[0]), "tokens_per_sec": tokens / elapsed}
+            values |= {"learning_rate": float(scheduler.get_last_lr()[0]), **throughput.read()}
             logs.write(done, values)
             progress.set_postfix({k: f"{v:.3g}" for k, v in values.items() if "/" not in k or k == "loss/total"})
-            tokens, since = 0, time.perf_counter()
         progress.update()
         last = done == run.max_steps
+        metric = None
         if last or (run.eval_every and done % run.eval_every == 0):
-            if accelerator.is_main_process:
-                logs.write(
-                    done, evaluate(stage, ema, folder / "samples" / f"step_{done:08d}", done), show=progress.write
-                )
+            samples = folder / "samples" / f"step_{done:08d}"
+            values = evaluate(whole, samples, done)
+            logs.write(done, values, show=progress.write)
+            logs.write_samples(done, samples)
+            metric = best_of(values, run)
             accelerator.wait_for_everyone()
-            since, tokens = time.perf_counter(), 0
-        if last or (run.save_every and done % run.save_every == 0):
-            checkpoints.save(done)
+            throughput.restart()
+        best = metric is not None and checkpoints.is_best(metric)
+        if last or best or (run.save_every and done % run.save_every == 0):
+            try_to_save(checkpoints, done, metric)
     feed.close()
-    if accelerator.is_main_process:
-        save_final(stage, ema, folder / "final")
+    save_final(whole, folder / "final")
     accelerator.wait_for_everyone()
     progress.close()
     logs.close()
+    if accelerator.is_main_process:
+        write_summary(folder)
     accelerator.end_training()
     return folder / "final"
 
@@ -201,17 +223,27 @@ def optimize(
                 total = total + stage.weights[part] * loss.sum / counts[part] * accelerator.num_processes
         if not math.isfinite(float(total.detach())):
             parts = ", ".join(f"{k} {v[0] / max(v[1], 1):.4g}" for k, v in sums.items())
-            raise FloatingPointError(
-                f"the loss is not finite at step {step}, micro-batch {index} ({parts}): the last checkpoint is kept; "
-                "lower learning_rate or look at that batch"
-            )
+            what = f"the loss is not finite at step {step}, micro-batch {index} ({parts})"
+            raise FloatingPointError(f"{what}{_ending(stage, accelerator, run, step, [index])}")
         accelerator.backward(total)
     norm = accelerator.clip_grad_norm_(module.parameters(), run.clip_norm)
+    # fp16's scaler leaves such steps out by itself, and lowers its scale
+    if norm is not None and not math.isfinite(float(norm)) and accelerator.scaler is None:
+        what = f"the gradient is not finite at step {step}"
+        raise FloatingPointError(f"{what}{_ending(stage, accelerator, run, step, list(range(len(batches))))}")
     optimizer.step()
     optimizer.zero_grad()
     values = mean_losses(sums, stage.weights)
     values["grad_norm"] = float(norm) if norm is not None else float("nan")
     return values
+
+
+def _ending(stage: Stage, accelerator: Accelerator, run: RunOptions, step: int, indices: list[int]) -> str:
+    """What to say of micro-batches that end a run."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    names = [name for i in indices for name in stage.names(step * run.accumulation + i, rank, world)]
+    items = f" of {', '.join(names)}" if names else ""
+    return f"{items}: the last checkpoint is kept; lower learning_rate or look at that batch"
 
 
 def mean_losses(sums: dict[str, list[float]], weights: dict[str, float]) -> dict[str, float]:
@@ -243,7 +275,9 @@ class Feed:
 
     def __init__(self, stage: Stage, run: RunOptions, accelerator: Accelerator, first_step: int):
         self.stage, self.run, self.accelerator, self.step = stage, run, accelerator, first_step
-        self.pool = ThreadPoolExecutor(1)
+        # Nested for good: leaving its outermost autocast, a thread empties the cache of all threads and waits there for
+        # the interpreter lock, which the main thread, in autocast's cached_cast, may hold while it waits for the cache.
+        self.pool = ThreadPoolExecutor(1, initializer=torch.autocast_increment_nesting)
         self.ahead = self.pool.submit(self._make, first_step)
 
     def _make(self, step: int) -> list[Any]:
@@ -260,6 +294,37 @@ class Feed:
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
+
+
+def fingerprint_of(run: RunOptions, options: Any, accelerator: Accelerator) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What makes a run the run it is, by name, and the defaults of these names.
+
+    Two processes with one micro-batch each are one process with two: the product of both counts. An engine that cuts
+    up its state goes on with as many processes as it had; any other with what gives the same product.
+    """
+    settings = settings_of(run) | settings_of(options, "options.")
+    left_out = _NOT_IN_FINGERPRINT
+    if "lora" not in {value for name, value in settings.items() if name.startswith("options.trains.")}:
+        left_out += ("options.lora",)
+    kept = {name: v for name, v in settings.items() if not any(f"{name}.".startswith(f"{key}.") for key in left_out)}
+    of_engine = {"micro_batches_per_step": run.accumulation * accelerator.num_processes, "engine": "plain"}
+    defaults = defaults_of(run) | defaults_of(options, "options.") | of_engine
+    return kept | of_engine | {"engine": engine_name(accelerator)}, defaults
+
+
+def checkpoint_layers(module: nn.Module) -> None:
+    """Switch gradient checkpointing on in every transformer of `module`.
+
+    Raises:
+        ValueError: it has none.
+    """
+    found = [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
+    if not found:
+        raise ValueError("gradient_checkpointing is on, but this stage has no transformer layers: turn it off")
+    models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
+    for model in models:
+        if model.supports_gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def compile_layers(module: nn.Module) -> None:
@@ -289,25 +354,48 @@ def learning_rate_factor(step: int, run: RunOptions) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
-def evaluate(stage: Stage, ema: Ema, folder: Path, step: int) -> dict[str, float]:
-    """The stage's evaluation with the averaged weights; random state and mode are as before afterwards."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stage.module.eval()
-    with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(), torch.no_grad(), ema.applied():
-        values = stage.evaluate(folder, step)
-    stage.module.train()
-    return {f"eval/{k}": v for k, v in values.items()}
+def evaluate(whole: Whole, folder: Path, step: int) -> dict[str, float]:
+    """The stage's evaluation with the averaged weights, on the main process; every process gets the values.
+
+    Random state and mode are as before afterwards. What fails for want of disk space is left out.
+    """
+    values: dict[str, float] = {}
+    with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(), whole.stage_with_averages() as stage:
+        if stage is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                values = {f"eval/{k}": v for k, v in stage.evaluate(folder, step).items()}
+            except OSError as error:
+                warnings.warn(f"the evaluation of step {step} failed ({error}): the run goes on", stacklevel=2)
+    return broadcast_object_list([values])[0]
 
 
-def save_final(stage: Stage, ema: Ema, folder: Path) -> None:
+def best_of(values: dict[str, float], run: RunOptions) -> float | None:
+    """The value that decides which checkpoint is the best; None where there is none to compare."""
+    if run.best_metric and values and run.best_metric not in values:
+        names = ", ".join(sorted(values))
+        warnings.warn(f"best_metric is {run.best_metric!r}, which is not evaluated; there are {names}", stacklevel=2)
+    value = values.get(run.best_metric, math.nan)
+    return value if math.isfinite(value) else None
+
+
+def try_to_save(checkpoints: Checkpoints, step: int, metric: float | None) -> None:
+    """Save; where that fails (a full disk), say so and go on, since the next one may succeed."""
+    try:
+        checkpoints.save(step, metric)
+    except OSError as error:
+        warnings.warn(f"{error}. The run goes on and tries again at its next checkpoint", stacklevel=2)
+
+
+def save_final(whole: Whole, folder: Path) -> None:
     """Write the stage's artefact beside its place and move it there."""
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    stage.module.eval()
-    with ema.applied(), torch.no_grad():
-        stage.save(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with whole.stage_with_averages() as stage:
+        if stage is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            stage.save(partial)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
 
 
 def main(args: list[str] | None = None) -> None:

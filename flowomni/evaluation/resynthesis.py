@@ -63,17 +63,24 @@ def word_information(references: Sequence[str], hypotheses: Sequence[str]) -> Wo
     return WordInformation(*(np.array(counts, dtype=np.float64) for counts in (hits, *words)))
 
 
-def word_information_interval(information: WordInformation, *, seed: int = 0) -> Interval:
+def word_information_interval(
+    information: WordInformation, *, minus: WordInformation | None = None, seed: int = 0
+) -> Interval:
     """Word information lost with its 95 % percentile bootstrap interval over clips, as `bootstrap_interval`.
 
     Clips are drawn anew, with the same draws as there, and the sums are formed again before the ratio.
+
+    Args:
+        minus: of other hypotheses for the same clips, to be subtracted; both are resampled together.
     """
     num = len(information.hits_N)
     if num == 0 or information.reference_words_N.sum() == 0:
         return Interval(float("nan"), float("nan"), float("nan"), 0)
     draws_RN = _draws(num, seed)
-    sums = (draws_RN @ getattr(information, field.name) for field in fields(information))
-    lost_R = _lost(*sums)
+    lost_R = _lost(*(draws_RN @ getattr(information, field.name) for field in fields(information)))
+    if minus is not None:
+        assert len(minus.hits_N) == num, "one value a clip"
+        lost_R = lost_R - _lost(*(draws_RN @ getattr(minus, field.name) for field in fields(minus)))
     low, high = np.quantile(lost_R[1:], [0.025, 0.975])
     return Interval(float(lost_R[0]), float(low), float(high), num)
 
@@ -100,10 +107,10 @@ class Fidelity:
     mel_distance: float
 
 
-def fidelity(original_S: np.ndarray, wav_S: np.ndarray, sample_rate_hz: int) -> Fidelity:
+def fidelity(original_S: np.ndarray, wav_S: np.ndarray, sample_rate_hz: int, with_pesq: bool = True) -> Fidelity:
     """Compare a mono float32 clip with its original, sample by sample: they must not be shifted in time.
 
-    Of two lengths the shorter counts for both, for a tokenizer may pad its last token.
+    Of two lengths the shorter counts for both, for a tokenizer may pad its last token. Without `with_pesq` PESQ is NaN.
 
     Raises:
         ValueError: a clip has no sample, or one that is NaN or infinite; or there is no pesq package.
@@ -115,7 +122,7 @@ def fidelity(original_S: np.ndarray, wav_S: np.ndarray, sample_rate_hz: int) -> 
         raise ValueError("the clips to compare must hold samples, none of them NaN or infinite")
     return Fidelity(
         stoi=_stoi(original_S, wav_S, sample_rate_hz),
-        pesq=_pesq(original_S, wav_S, sample_rate_hz),
+        pesq=_pesq(original_S, wav_S, sample_rate_hz) if with_pesq else float("nan"),
         mel_distance=mel_distance(original_S, wav_S, sample_rate_hz),
     )
 

@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from ..strict import strict
 from ..tokenizers.base import TokenSpec
 from .base import Generators, HeadLoss, SpeechHead
+from .codes import CodeSampling, DelayHead, DelayHeadConfig, SingleHead, SingleHeadConfig
+from .depth import DepthHead, DepthHeadConfig
 from .flow import FlowHead, FlowHeadConfig, FlowSampling
+from .regression import RegressionHead, RegressionHeadConfig, RegressionSampling
 
-HEADS: dict[str, type[SpeechHead]] = {"flow": FlowHead}
+HEADS: dict[str, type[SpeechHead]] = {
+    "flow": FlowHead,
+    "regression": RegressionHead,
+    "single": SingleHead,
+    "delay": DelayHead,
+    "depth": DepthHead,
+}
 
 
 def head_config(values: Mapping[str, Any]) -> Any:
@@ -35,14 +46,30 @@ def build_head(values: Mapping[str, Any], spec: TokenSpec, hidden_size: int) -> 
     return HEADS[config.kind](config, spec, hidden_size)
 
 
+def part_delays(values: Mapping[str, Any], spec: TokenSpec) -> Tensor:
+    """`SpeechHead.part_delays` of the head that `{"kind": .., ..}` describes."""
+    return HEADS[head_config(values).kind].part_delays(spec)
+
+
 __all__ = [
     "HEADS",
+    "CodeSampling",
+    "DelayHead",
+    "DelayHeadConfig",
+    "DepthHead",
+    "DepthHeadConfig",
     "FlowHead",
     "FlowHeadConfig",
     "FlowSampling",
     "Generators",
     "HeadLoss",
+    "RegressionHead",
+    "RegressionHeadConfig",
+    "RegressionSampling",
+    "SingleHead",
+    "SingleHeadConfig",
     "SpeechHead",
     "build_head",
     "head_config",
+    "part_delays",
 ]

@@ -7,7 +7,7 @@ discrete one (codes).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -47,6 +47,15 @@ class SpeechHead(nn.Module, ABC):
                 f"{spec.kind!r}; choose a head for {spec.kind} tokens or a tokenizer with {token_kind} ones"
             )
 
+    @classmethod
+    def part_delays(cls, spec: TokenSpec) -> Tensor:
+        """By how many steps each part of a speech token comes after the step that the token belongs to: int64 `[..]`.
+
+        The layout spreads tokens over steps accordingly and joins them again, so a head sees and draws what stands at
+        one step. Parts that no token has there (before the first token's, after the last one's) are the empty token's.
+        """
+        return torch.zeros(spec.empty_token().shape, dtype=torch.int64)
+
     @abstractmethod
     def embed(self, token_BL: Tensor) -> Tensor:
         """Speech tokens `[B, L, ..]` -> `[B, L, H]`, to be summed into the language model's input."""
@@ -77,8 +86,22 @@ def draw_noise(num_rows: int, dim: int, generator: Generators, device: torch.dev
 
     Drawn on the generator's device, so that one seed gives the same noise everywhere.
     """
+    return _draw(torch.randn, num_rows, dim, generator, device)
+
+
+def draw_uniform(num_rows: int, dim: int, generator: Generators, device: torch.device) -> Tensor:
+    """Uniform float32 `[num_rows, dim]` in [0, 1); otherwise as `draw_noise`."""
+    return _draw(torch.rand, num_rows, dim, generator, device)
+
+
+def _draw(draw: Callable[..., Tensor], num_rows: int, dim: int, generator: Generators, device: torch.device) -> Tensor:
+    check_generators(num_rows, generator)
     if isinstance(generator, torch.Generator):
-        return torch.randn(num_rows, dim, generator=generator, device=generator.device).to(device)
-    if len(generator) != num_rows:
+        return draw(num_rows, dim, generator=generator, device=generator.device).to(device)
+    return torch.cat([_draw(draw, 1, dim, row_generator, device) for row_generator in generator])
+
+
+def check_generators(num_rows: int, generator: Generators) -> None:
+    """Raise ValueError unless there is one generator for all rows, or one a row."""
+    if not isinstance(generator, torch.Generator) and len(generator) != num_rows:
         raise ValueError(f"{len(generator)} generators for {num_rows} rows; pass one for all rows or one a row")
-    return torch.cat([draw_noise(1, dim, row_generator, device) for row_generator in generator])

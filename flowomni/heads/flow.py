@@ -36,6 +36,7 @@ from ..flow import (
 from ..strict import strict
 from ..tokenizers.base import TokenSpec
 from .base import Generators, HeadLoss, SpeechHead, draw_noise
+from .layers import Linear, layer_norm, noisy_latents
 
 OBJECTIVES = ("cfm", "lsd")
 NUM_TIME_BINS = 4
@@ -131,27 +132,11 @@ class FlowHeadConfig:
                 raise ValueError(f"{name} is {value}; it must be a number of at least 0")
 
 
-class _Linear(nn.Linear):
-    """A linear layer whose weights follow its input's dtype, so that bfloat16 weights still compute in float32."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
-
-
-def _zeroed(layer: _Linear) -> _Linear:
+def _zeroed(layer: Linear) -> Linear:
     """AdaLN-zero: every block starts as the identity, and the velocity at zero."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
-
-
-def _layer_norm(x: Tensor) -> Tensor:
-    """Layer norm without affine, written out: the fused kernel's gradient is wrong behind a forward-mode derivative.
-
-    https://github.com/pytorch/pytorch/issues/196700; `F.layer_norm` can come back when the supported torch has the fix.
-    """
-    centred = x - x.mean(dim=-1, keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + 1e-6)
 
 
 class Conditioner(nn.Module):
@@ -159,9 +144,9 @@ class Conditioner(nn.Module):
 
     def __init__(self, hidden_size: int, width: int, modulation_width: int):
         super().__init__()
-        self.project = _Linear(hidden_size, width)
+        self.project = Linear(hidden_size, width)
         self.null_W = nn.Parameter(0.02 * torch.randn(width))
-        self.modulation = _zeroed(_Linear(width, modulation_width))
+        self.modulation = _zeroed(Linear(width, modulation_width))
 
     def forward(self, hidden_NH: Tensor, dropped_N: Tensor | None = None) -> Tensor:
         """Modulation `[N, A]`; positions where `dropped_N` is True get the null condition's."""
@@ -187,9 +172,9 @@ class TimeConditioner(nn.Module):
         super().__init__()
         # Persistent: a model that is built on the meta device gets it back from the checkpoint.
         self.register_buffer("cycles", torch.logspace(-2, 3, NUM_TIME_FREQUENCIES, base=2.0))
-        self.expand = _Linear(4 * NUM_TIME_FREQUENCIES, TIME_WIDTH)
-        self.project = _Linear(TIME_WIDTH, TIME_WIDTH)
-        self.modulation = _zeroed(_Linear(TIME_WIDTH, modulation_width))
+        self.expand = Linear(4 * NUM_TIME_FREQUENCIES, TIME_WIDTH)
+        self.project = Linear(TIME_WIDTH, TIME_WIDTH)
+        self.modulation = _zeroed(Linear(TIME_WIDTH, modulation_width))
 
     def forward(self, s_N1: Tensor, t_N1: Tensor) -> Tensor:
         """Modulation `[N, A]`."""
@@ -203,11 +188,11 @@ class Block(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.expand = _Linear(width, width)
-        self.project = _Linear(width, width)
+        self.expand = Linear(width, width)
+        self.project = Linear(width, width)
 
     def forward(self, x_NW: Tensor, shift_NW: Tensor, scale_NW: Tensor, gate_NW: Tensor) -> Tensor:
-        modulated_NW = _layer_norm(x_NW) * (1 + scale_NW) + shift_NW
+        modulated_NW = layer_norm(x_NW) * (1 + scale_NW) + shift_NW
         return x_NW + gate_NW * self.project(F.silu(self.expand(modulated_NW)))
 
 
@@ -220,16 +205,16 @@ class VelocityNet(nn.Module):
 
     def __init__(self, dim: int, width: int, num_blocks: int):
         super().__init__()
-        self.project_in = _Linear(dim, width)
+        self.project_in = Linear(dim, width)
         self.blocks = nn.ModuleList([Block(width) for _ in range(num_blocks)])
-        self.project_out = _zeroed(_Linear(width, dim))
+        self.project_out = _zeroed(Linear(width, dim))
 
     def forward(self, x_ND: Tensor, modulation_NA: Tensor) -> Tensor:
         *per_block, last_shift_NW, last_scale_NW = modulation_NA.split(self.project_in.out_features, dim=-1)
         x_NW = self.project_in(x_ND)
         for i, block in enumerate(self.blocks):
             x_NW = block(x_NW, *per_block[3 * i : 3 * i + 3])
-        return self.project_out(_layer_norm(x_NW) * (1 + last_scale_NW) + last_shift_NW)
+        return self.project_out(layer_norm(x_NW) * (1 + last_scale_NW) + last_shift_NW)
 
 
 class FlowHead(SpeechHead):
@@ -253,7 +238,7 @@ class FlowHead(SpeechHead):
         self.check_spec(config.kind, self.token_kind, spec)
         self.config = config
         self.dim = spec.dim
-        self.embedding = nn.Sequential(_Linear(spec.dim, hidden_size), nn.SiLU(), _Linear(hidden_size, hidden_size))
+        self.embedding = nn.Sequential(Linear(spec.dim, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size))
         modulation_width = (3 * config.num_blocks + 2) * config.width
         self.conditioner = Conditioner(hidden_size, config.width, modulation_width)
         self.time_conditioner = TimeConditioner(modulation_width)
@@ -266,22 +251,9 @@ class FlowHead(SpeechHead):
     def perturb(self, token_BL: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Training noise on latents `[B, L, D]`: what is fed back, and what is the target.
 
-        The target gets noise of std `target_noise`; what is fed back is that target with more noise, of a std drawn per
-        row up to `feedback_noise`, so that the model learns to go on from its own imperfect tokens.
+        See `flowomni.heads.layers.noisy_latents`.
         """
-        generator = generator or torch.default_generator
-
-        def noise_like(x: Tensor) -> Tensor:
-            noise = torch.randn(x.shape, generator=generator, device=generator.device)
-            return noise.to(device=x.device, dtype=x.dtype)
-
-        target_BL = fed_back_BL = token_BL
-        if self.config.target_noise > 0:
-            target_BL = fed_back_BL = token_BL + self.config.target_noise * noise_like(token_BL)
-        if self.config.feedback_noise > 0:
-            std_B11 = torch.rand(len(token_BL), 1, 1, generator=generator, device=generator.device).to(target_BL)
-            fed_back_BL = target_BL + self.config.feedback_noise * std_B11 * noise_like(token_BL)
-        return fed_back_BL, target_BL
+        return noisy_latents(token_BL, self.config.target_noise, self.config.feedback_noise, generator)
 
     def velocity(self, condition_NA: Tensor) -> Velocity:
         """The velocity `v(x_ND, s_N1, t_N1)` under a condition from the conditioner (N rows, or one for all)."""

@@ -24,6 +24,8 @@ class DistillationOptions:
         speech_teacher: folder or Hub name of a Whisper, or of a model on waves such as HuBERT; "" for none.
         placement: of the text targets: "aligned" (each word where it is spoken) or "padded", as in DM-Codec's code (one
             text token per speech token from the start, then what the model gives for padding).
+        center: subtract from the targets their mean over time and all answers. As they are (DM-Codec's way), a student
+            that is the same for every token comes to a "dimension" loss of 0.49 where 0.69 is no likeness, 0.31 all.
         silence: where no word is spoken, aligned text targets are "masked" (no loss) or "zero" (a target of zero).
         layers: "mean" of all hidden states (the best in DM-Codec's table 6), or the "last" one.
         objective: "dimension" (-log sigmoid of the cosine over time, per dimension: DM-Codec) or "step" (1 - cosine
@@ -39,6 +41,7 @@ class DistillationOptions:
     text_teacher: str = ""
     speech_teacher: str = ""
     placement: str = "aligned"
+    center: bool = False
     silence: str = "masked"
     layers: str = "mean"
     objective: str = "dimension"

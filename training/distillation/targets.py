@@ -95,8 +95,10 @@ class CorpusTargets:
         dims: Mapping[str, int],
         token_sec: float,
         silence: str,
+        center: bool = False,
     ) -> None:
         self.dims = dict(dims)
+        self._center_T = {kind: _mean(store.values()) for kind, store in stores.items()} if center else {}
         self.skipped = {
             kind: {name: entry for name, entry in store.items() if isinstance(entry, str)}
             for kind, store in stores.items()
@@ -125,9 +127,22 @@ class CorpusTargets:
                 continue
             target_LT, mask_L = entry.at(start_sec, self._token_sec, num_tokens)
             assert target_LT.shape == target_BLT.shape[1:], f"{target_LT.shape} for a row of {target_BLT.shape}"
+            if kind in self._center_T:
+                target_LT = (target_LT - self._center_T[kind]).masked_fill(~mask_L[:, None], 0.0)
             target_BLT[row] = target_LT
             mask_BL[row] = mask_L if kind == "speech" or self._silence == "masked" else True
         return Targets(target_BLT, mask_BL)
+
+
+def _mean(entries: Iterable[TimedVectors | str]) -> Tensor:
+    """mean_T of all vectors, weighted by how long each is there; zero without any."""
+    total_T, seconds = torch.zeros(1, dtype=torch.float64), 0.0
+    for entry in entries:
+        if isinstance(entry, TimedVectors):
+            length_N = entry.span_N2.double().diff(dim=1)[:, 0]
+            total_T = total_T + length_N @ entry.vector_NT.double()
+            seconds += float(length_N.sum())
+    return (total_T / max(seconds, 1e-9)).float()
 
 
 def prepare_targets(
@@ -167,7 +182,7 @@ def prepare_targets(
         named = {key: value for key, value in settings.items() if key != "teacher"}  # whose folder may move
         folder = Path(options.cache) / f"{kind}-{_digest(json.dumps(named, sort_keys=True))[:12]}"
         stores[kind] = _prepare(folder, settings, chosen, make, f"{kind} targets")
-    found = CorpusTargets(stores, dims, token_sec, options.silence)
+    found = CorpusTargets(stores, dims, token_sec, options.silence, options.center)
     for kind, skipped in found.skipped.items():
         if len(skipped) == len(chosen):
             name, reason = next(iter(skipped.items()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,14 @@ def _hash(name: str) -> int:
     return int(hashlib.sha1(name.encode()).hexdigest()[:8], 16)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a crop was taken: from sample `start` on of training answer `index`."""
+
+    index: int
+    start: int
+
+
 class Answers:
     """Every answer of `corpus`/answers as int16 samples (two bytes a sample: an hour of 24 kHz takes 173 MB).
 
@@ -37,6 +46,10 @@ class Answers:
         corpus: folder of a corpus manifest.
         sample_rate_hz: the rate that the files must have.
         max_answers: at most so many (a fixed selection), 0 for all.
+
+    Attributes:
+        training, evaluation: int16 wav_S of each answer.
+        training_names: file name of each training answer.
 
     Raises:
         ValueError: no usable files, or a file of another rate or with several channels.
@@ -53,6 +66,7 @@ class Answers:
         with ThreadPoolExecutor(2) as pool:
             wavs = list(tqdm(pool.map(self._read, files), total=len(files), desc="load answers", unit="file"))
         pairs = list(zip(files, wavs, strict=True))
+        self.training_names = [file.name for file in files if not held_out(file.name)]
         self.training = [wav_S for file, wav_S in pairs if not held_out(file.name)]
         # A corpus of a few dozen files may have no held-out one; then the first file serves, seen in training.
         self.evaluation = [wav_S for file, wav_S in pairs if held_out(file.name)] or self.training[:1]
@@ -65,16 +79,24 @@ class Answers:
             )
         return wav_S
 
+    def places(self, num_rows: int, num_samples: int, *keys: int) -> list[Place]:
+        """Where `crops` with these arguments takes its rows from. One in eight starts where an answer starts."""
+        rng = rng_for(*keys)
+        found = []
+        for _ in range(num_rows):
+            index = int(rng.integers(len(self.training)))
+            num_starts = max(1, len(self.training[index]) - num_samples + 1)
+            found.append(Place(index, int(rng.integers(num_starts)) if rng.random() > 0.125 else 0))
+        return found
+
     def crops(self, num_rows: int, num_samples: int, margin: int, *keys: int) -> Tensor:
         """Random stretches of training answers, (B, margin + S + margin), a pure function of `keys`.
 
-        What lies before an answer's start or after its end is zero. One crop in eight starts where an answer starts.
+        What lies before an answer's start or after its end is zero.
         """
-        rng = rng_for(*keys)
         wav_BS = np.zeros((num_rows, num_samples + 2 * margin), dtype=np.float32)
-        for row in range(num_rows):
-            wav_S = self.training[rng.integers(len(self.training))]
-            start = int(rng.integers(max(1, len(wav_S) - num_samples + 1))) if rng.random() > 0.125 else 0
+        for row, place in enumerate(self.places(num_rows, num_samples, *keys)):
+            wav_S, start = self.training[place.index], place.start
             first, last = max(0, start - margin), min(len(wav_S), start + num_samples + margin)
             offset = first - (start - margin)
             wav_BS[row, offset : offset + last - first] = wav_S[first:last] / 32768.0

@@ -40,6 +40,24 @@ class Stage(ABC):
         That makes resuming exact, and several processes see what one sees in turn.
         """
 
+    def names(self, index: int, rank: int, world_size: int) -> list[str]:
+        """Ids of the items in that micro-batch, for messages; none where items have no names."""
+        return []
+
+    def prepare_for_engine(self, engine: str) -> None:
+        """Called before DeepSpeed or FSDP takes the module.
+
+        They cut up its parameters, which only its forward pass puts together (whatever else batches need of the module
+        is to be copied), and they need every process to call the same layers in every batch.
+
+        Raises:
+            ValueError: this stage does not see to that.
+        """
+        raise ValueError(
+            f"{type(self).__name__} does not train with {engine}: use one_cpu, two_cpu, ddp or multi_node of "
+            "configs/accelerate"
+        )
+
     @abstractmethod
     def counts(self, batch: Any) -> dict[str, float]:
         """Number of targets of each loss part in `batch`, known before the forward pass."""
@@ -47,6 +65,10 @@ class Stage(ABC):
     @abstractmethod
     def num_tokens(self, batch: Any) -> int:
         """Size of `batch` for the throughput display: sequence positions, or mel frames."""
+
+    def filled(self, batch: Any) -> dict[str, tuple[int, int]]:
+        """Name of each share of padding that is logged -> positions that hold something, and all positions."""
+        return {}
 
     @abstractmethod
     def evaluate(self, folder: Path, step: int) -> dict[str, float]:

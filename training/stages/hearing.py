@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import WhisperConfig, WhisperModel
 
-from flowomni.audio import read_audio
-from flowomni.encoder import HEARD_SAMPLE_RATE_HZ, CtcAuxiliary, HeardFeatures, SpeechEncoder
+from flowomni.encoder import CtcAuxiliary, HeardFeatures, SpeechEncoder
 from flowomni.evaluation import word_error_rate
 from flowomni.losses import Loss
 
 from ..batching import length_batches, spec_augment
 from ..manifest import Conversation, read_manifest
+from ..recordings import Recording, heard_features
 from .base import Stage, rng_for
 
 
@@ -91,7 +91,7 @@ class HearingStage(Stage):
         self.module.encoder.whisper.set_attn_implementation(options.attention)
         self.train = [c for c in read_manifest(options.manifest, "train") if c.question.audio]
         self.valid = [c for c in read_manifest(options.manifest, "valid") if c.question.audio][: options.num_eval]
-        self._cache: dict[Path, np.ndarray] = {}
+        self._cache: dict[Recording, np.ndarray] = {}
         self._plan: tuple[int, list[list[int]]] = (-1, [])
 
     def batch(self, index: int, rank: int, world_size: int) -> HearingBatch:
@@ -116,15 +116,18 @@ class HearingStage(Stage):
         )
 
     def _features(self, item: Conversation) -> np.ndarray:
-        path = item.question.audio
-        assert path is not None
-        if path not in self._cache:
-            clip = read_audio(path, HEARD_SAMPLE_RATE_HZ, max_sec=self.features.max_heard_sec)
-            self._cache[path] = self.features.features(clip.wav_S).numpy().astype(np.float16)
-        return self._cache[path].astype(np.float32)
+        recording = item.question.audio
+        assert recording is not None
+        if recording not in self._cache:
+            self._cache[recording] = heard_features(recording, self.features)
+        return self._cache[recording].astype(np.float32)
 
     def counts(self, batch: HearingBatch) -> dict[str, float]:
         return {"ctc": float((batch.bytes_BU[:, :1] >= 0).sum())}
+
+    def filled(self, batch: HearingBatch) -> dict[str, tuple[int, int]]:
+        slots = batch.features_BCF.shape[0] * batch.features_BCF.shape[2]
+        return {"padding_share_heard": (int(batch.lengths_B.sum()), slots)}
 
     def num_tokens(self, batch: HearingBatch) -> int:
         """Mel frames."""

@@ -5,33 +5,41 @@ Shapes: B batch, L speech tokens, D latents, S samples, C Whisper mel bins, F Wh
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import copy
+import json
+import math
+from bisect import bisect_right
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from peft.tuners.lora import LoraModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from flowomni.api import FlowOmni, Question
-from flowomni.audio import read_audio
 from flowomni.build import assemble, load_model, save_model
 from flowomni.configuration import FlowOmniConfig
 from flowomni.encoder import num_heard_positions, num_mel_frames
 from flowomni.evaluation import hear
 from flowomni.evaluation.metrics import word_error_rate
+from flowomni.evaluation.spectrogram import write_spectrogram
 from flowomni.layouts import Turn
 from flowomni.modeling import FlowOmniModel
 from flowomni.processing import HEARD_RATE_HZ
 from flowomni.streams import Streams, collate
 from flowomni.tokenizers import SpeechTokenizer
 
-from ..batching import length_batches, spec_augment
-from ..lora import LoraOptions, add_lora, merge_lora
-from ..manifest import Conversation, Utterance, read_manifest
+from ..batching import budget_batches, length_batches, spec_augment
+from ..lora import LoraOptions, add_lora, merge_lora, save_adapters
+from ..manifest import Conversation, Utterance, examples, read_manifest
+from ..recordings import Recordings, playable
+from ..summary import ANSWERS
 from .base import Stage, rng_for
 
+NUM_KEPT = 6  # spoken answers of an evaluation that are kept as sound
 # task -> (what the user gives, what the assistant gives, the layout's instruction)
 TASKS = {
     "speech_to_speech": ("audio", "speech", "answer"),
@@ -41,6 +49,8 @@ TASKS = {
     "transcribe": ("audio", "text", "transcribe"),
     "speak": ("text", "speech", "speak"),
 }
+# what is asked and what is answered, each turn as "text", "audio" (heard) or "speech" (spoken)
+Sides = tuple[list[tuple[Utterance, str]], tuple[Utterance, str]]
 Trains = Literal["frozen", "full", "lora"]
 
 
@@ -60,12 +70,32 @@ class PartsOptions:
 
 @dataclass
 class TrainsOptions:
-    """Which parts train. The speech tokenizer never does."""
+    """Which parts train: "frozen", "full" (every weight) or "lora" (adapters). The speech tokenizer never does.
+
+    Attributes:
+        llm, encoder: the language model; the Whisper encoder.
+        projector: from the encoder into the language model, and the letters that are read off the encoder.
+        output_blocks, heads: the transformer blocks after the language model; the speech head, the speech-state head
+            and the state embedding ("lora" is for the speech head, the other two stay). None: as `voice` says.
+        voice: output blocks and heads at once.
+    """
 
     llm: Trains = "full"
-    encoder: Literal["frozen", "full"] = "full"
-    projector: Literal["frozen", "full"] = "full"
-    voice: Literal["frozen", "full"] = "full"  # output blocks, state head, flow head, state embedding
+    encoder: Trains = "full"
+    projector: Trains = "full"
+    voice: Trains = "full"
+    output_blocks: Trains | None = None
+    heads: Trains | None = None
+
+    def by_part(self) -> dict[str, Trains]:
+        """How each part trains."""
+        return {
+            "llm": self.llm,
+            "encoder": self.encoder,
+            "projector": self.projector,
+            "output_blocks": self.output_blocks or self.voice,
+            "heads": self.heads or self.voice,
+        }
 
 
 @dataclass
@@ -73,14 +103,17 @@ class SpeechOptions:
     """Options of stage `speech`.
 
     Attributes:
-        manifest: JSONL of conversations, or the folder that holds manifest.jsonl.
+        manifest: JSONL of conversations, the folder that holds manifest.jsonl, or a folder that
+            `python -m training.prepare` made of one for this model.
         model: folder of a FlowOmni model to go on from; exclusive with `parts`.
         parts: what to assemble a new model from.
         tasks: relative frequency of each task; names in `TASKS`.
         trains, lora: what trains, and how LoRA is set where a part says "lora".
         head: overrides of the loaded model's head section (for another objective, say); sizes must stay.
         batch_size: conversations per micro-batch.
-        max_example_sec: longer conversations are left out (counted and printed).
+        max_tokens_per_batch: positions per micro-batch, padding included; batch_size then means nothing.
+        max_example_sec: longest question with its answer, others are left out (counted and printed); as many of the
+            turns before them as fit into it are their context.
         mask_time_frames, mask_mel_bins: largest masked span of the heard features in training (SpecAugment).
         attention: implementation of attention in training; "eager" is faster on CPUs for short sequences (flash
             attention's backward pass costs more there than the score matrix), "sdpa" elsewhere.
@@ -95,6 +128,7 @@ class SpeechOptions:
     lora: LoraOptions = field(default_factory=LoraOptions)
     head: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 32
+    max_tokens_per_batch: int | None = None
     max_example_sec: float = 30.0
     mask_time_frames: int = 20
     mask_mel_bins: int = 12
@@ -107,8 +141,12 @@ class SpeechOptions:
         unknown = set(self.tasks) - set(TASKS)
         if unknown or not self.tasks:
             raise ValueError(f"options.tasks has {sorted(unknown)}; known tasks: {', '.join(TASKS)}")
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise ValueError(f"options.max_tokens_per_batch is {self.max_tokens_per_batch}; it must be at least 1")
         if self.head and self.model is None:
             raise ValueError("options.head overrides a loaded model's head: with parts, set parts.head")
+        if self.lora.save == "adapters" and self.model is None:
+            raise ValueError("options.lora.save is 'adapters', but these fit a saved model alone: set options.model")
 
 
 class SpeechStage(Stage):
@@ -123,7 +161,7 @@ class SpeechStage(Stage):
             if isinstance(part, PreTrainedModel) and not isinstance(part, FlowOmniModel | SpeechTokenizer):
                 part.set_attn_implementation(options.attention)
         self.module = self.model
-        self.tuner = set_trainable(self.model, options.trains, options.lora)
+        self.tuners = set_trainable(self.model, options.trains, options.lora)
         loss = self.model.loss_config
         self.weights = {"text": loss.text_weight, "state": loss.state_weight, "speech": loss.speech_weight}
         self.weights["ctc"] = loss.ctc_weight
@@ -133,9 +171,15 @@ class SpeechStage(Stage):
         names = sorted(options.tasks)  # their order in the file means nothing
         shares = np.array([options.tasks[n] for n in names], dtype=float)
         self.task_names, self.task_shares = names, shares / shares.sum()
-        self._features: dict[Path, np.ndarray] = {}
-        self._tokens: dict[Path, Tensor] = {}
+        self.recordings = Recordings(options.manifest, self.model.speech_tokenizer, self.processor.heard_features)
         self._plans: dict[int, list[list[tuple[int, str]]]] = {}
+        self._first_places = [0]  # of each epoch, and of the one after
+        self._num_ids: dict[str, int] = {}
+        self._template_lengths: dict[tuple[str, ...], int] = {}
+
+    def prepare_for_engine(self, engine: str) -> None:
+        self.model.uniform = True
+        self.recordings.tokenizer = copy.deepcopy(self.model.speech_tokenizer)
 
     def _build(self) -> tuple[FlowOmniModel, Any]:
         if self.options.parts is not None:
@@ -145,21 +189,36 @@ class SpeechStage(Stage):
         return (with_head(model, self.options.head), processor) if self.options.head else (model, processor)
 
     def _fitting(self, items: list[Conversation]) -> list[Conversation]:
-        kept = [c for c in items if sum(t.duration_sec for t in c.turns) <= self.options.max_example_sec]
-        if len(kept) < len(items):
-            print(f"{len(items) - len(kept)} conversations are longer than max_example_sec and left out")
+        limit = self.options.max_example_sec
+        found = [example for c in items for example in examples(c, limit)]
+        kept = [c for c in found if sum(t.duration_sec for t in c.turns) <= limit]
+        if len(kept) < len(found):
+            print(f"{len(found) - len(kept)} conversations are longer than max_example_sec and left out")
         if not kept:
-            raise ValueError(f"options.max_example_sec {self.options.max_example_sec} leaves no conversation")
+            raise ValueError(f"options.max_example_sec {limit} leaves no conversation")
         return kept
 
     # ------------------------------------------------------------------------------------------------- batches
 
     def batch(self, index: int, rank: int, world_size: int) -> Streams:
         place = index * world_size + rank
-        per_epoch = max(1, len(self.train) // self.options.batch_size)
-        epoch, position = divmod(place, per_epoch)
+        epoch, position = self._locate(place)
         rng = rng_for(self.seed, place, 3)
         return collate([self._example(self.train[i], task, rng) for i, task in self._plan(epoch)[position]])
+
+    def names(self, index: int, rank: int, world_size: int) -> list[str]:
+        epoch, position = self._locate(index * world_size + rank)
+        return [self.train[i].id for i, _ in self._plan(epoch)[position]]
+
+    def _locate(self, place: int) -> tuple[int, int]:
+        """Epoch of a micro-batch and its position there. By token budget, epochs differ in their number of batches."""
+        if self.options.max_tokens_per_batch is None:
+            return divmod(place, max(1, len(self.train) // self.options.batch_size))
+        while self._first_places[-1] <= place:
+            epoch = len(self._first_places) - 1
+            self._first_places.append(self._first_places[-1] + len(self._plan(epoch)))
+        epoch = bisect_right(self._first_places, place) - 1
+        return epoch, place - self._first_places[epoch]
 
     def _plan(self, epoch: int) -> list[list[tuple[int, str]]]:
         """Batches of (conversation, task) of one epoch, alike in length."""
@@ -167,73 +226,100 @@ class SpeechStage(Stage):
             rng = rng_for(self.seed, epoch, 4)
             drawn = rng.choice(self.task_names, size=len(self.train), p=self.task_shares)
             tasks = [self._possible(c, str(t)) for c, t in zip(self.train, drawn, strict=True)]
-            lengths = [self._length(c, t) for c, t in zip(self.train, tasks, strict=True)]
-            batches = length_batches(lengths, self.options.batch_size, rng)
+            sides = [self._sides(c, t) for c, t in zip(self.train, tasks, strict=True)]
+            lengths = [self._length(side, t) for side, t in zip(sides, tasks, strict=True)]
+            heard = [max((a.duration_sec for a, how in asks if how == "audio"), default=0.0) for asks, _ in sides]
+            budget = self.options.max_tokens_per_batch
+            if budget is None:
+                batches = length_batches(lengths, self.options.batch_size, rng, heard)
+            else:
+                batches = budget_batches(lengths, budget, rng, heard)
             self._plans = {epoch: [[(i, tasks[i]) for i in batch] for batch in batches]}
         return self._plans[epoch]
 
     def _possible(self, item: Conversation, task: str) -> str:
         """The task, with what a side lacks replaced: no words to read, no recording to hear or to speak."""
         user, assistant, instruction = TASKS[task]
-        if user == "audio" and item.question.audio is None:
+        asked, said = item.question, item.answer
+        if not asked.text and asked.audio is None:
+            return "speak"  # a recording alone
+        if not said.text and said.audio is None:
+            return "transcribe"
+        if task == "transcribe" and (not asked.text or asked.audio is None):
+            instruction = "answer"
+        if task == "speak" and said.audio is None:
+            instruction = "answer"
+        if user == "audio" and asked.audio is None:
             user = "text"
-        if user == "text" and instruction == "answer" and not item.question.text:
+        if user == "text" and instruction == "answer" and not asked.text:
             user = "audio"  # silence and noise can only be heard
-        if assistant == "speech" and item.answer.audio is None:
+        if assistant == "speech" and said.audio is None:
             assistant = "text"
-        if task == "transcribe" and not item.question.text:
-            return "speech_to_text"
-        if instruction == "answer":
-            return {v: k for k, v in TASKS.items()}[user, assistant, instruction]
-        return task
+        return {v: k for k, v in TASKS.items()}[user, assistant, instruction]
 
-    def _length(self, item: Conversation, task: str) -> int:
+    def _sides(self, item: Conversation, task: str) -> Sides:
+        """The turns of an example and what each is given as."""
         user, assistant, _ = TASKS[task]
-        frames = num_mel_frames(int(item.question.duration_sec * HEARD_RATE_HZ))
-        heard = num_heard_positions(frames, self.model.config.encoder_stack) if user == "audio" else 8
-        return heard + (int(item.answer.duration_sec * self.model.speech_tokenizer.spec.tokens_per_sec) or 8)
+        if task == "speak":
+            return [(replace(item.answer, role="user"), "text")], (item.answer, "speech")
+        if task == "transcribe":
+            return [(item.question, "audio")], (replace(item.question, role="assistant"), "text")
+        context = [(turn, _medium(turn, user if turn.role == "user" else assistant)) for turn in item.context]
+        return [*context, (item.question, user)], (item.answer, assistant)
+
+    def _length(self, sides: Sides, task: str) -> int:
+        """Positions of an example, exact up to the rounding of durations."""
+        asks, says = sides
+        roles = tuple(turn.role for turn, _ in asks)
+        return self._template_length(roles, TASKS[task][2]) + sum(self._turn_length(*side) for side in [*asks, says])
+
+    def _template_length(self, roles: tuple[str, ...], instruction: str) -> int:
+        key = (*roles, instruction)
+        if key not in self._template_lengths:
+            prompt = self.processor.layout.prompt([Turn(role, text="") for role in roles], instruction)
+            # an empty answer in the context is its end-of-turn id, which `_turn_length` counts
+            self._template_lengths[key] = prompt.mask_BL.shape[1] - roles.count("assistant")
+        return self._template_lengths[key]
+
+    def _turn_length(self, turn: Utterance, medium: str) -> int:
+        if medium == "audio":
+            frames = num_mel_frames(int(turn.duration_sec * HEARD_RATE_HZ))
+            return num_heard_positions(frames, self.model.config.encoder_stack)
+        if turn.text not in self._num_ids:
+            self._num_ids[turn.text] = len(self.processor.text_tokenizer.encode(turn.text, add_special_tokens=False))
+        num_ids = self._num_ids[turn.text] + (turn.role == "assistant")
+        if medium == "text":
+            return num_ids
+        num_tokens = math.ceil(turn.duration_sec * self.model.speech_tokenizer.spec.tokens_per_sec)
+        return max(num_ids, self.processor.layout.num_speech_steps(num_tokens))
 
     def _example(self, item: Conversation, task: str, rng: np.random.Generator | None) -> Streams:
-        user, assistant, instruction = TASKS[task]
-        answer, question = item.answer, item.question
-        if task == "speak":
-            asks = Turn("user", text=answer.text)
-        elif user == "text":
-            asks = Turn("user", text=question.text)
-        else:
-            heard_CF = self._heard(question)
-            if rng is not None:
-                heard_CF = spec_augment(heard_CF, rng, self.options.mask_time_frames, self.options.mask_mel_bins)
-            asks = Turn("user", text=question.text, heard_CF=torch.from_numpy(heard_CF))
-        says = Turn(
-            "assistant",
-            text=question.text if task == "transcribe" else answer.text,
-            speech_LX=self._spoken(answer) if assistant == "speech" else None,
-        )
-        return self.processor.layout.example([asks, says], instruction)
+        asks, says = self._sides(item, task)
+        return self.processor.layout.example([self._turn(*side, rng) for side in [*asks, says]], TASKS[task][2])
 
-    def _heard(self, turn: Utterance) -> np.ndarray:
-        assert turn.audio is not None
-        if turn.audio not in self._features:
-            clip = read_audio(turn.audio, HEARD_RATE_HZ, max_sec=self.processor.max_heard_sec)
-            self._features[turn.audio] = self.processor.heard_features.features(clip.wav_S).numpy().astype(np.float16)
-        return self._features[turn.audio].astype(np.float32)
-
-    def _spoken(self, turn: Utterance) -> Tensor:
-        assert turn.audio is not None
-        if turn.audio not in self._tokens:
-            tokenizer = self.model.speech_tokenizer
-            wav_S = read_audio(turn.audio, tokenizer.spec.sample_rate_hz).wav_S
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                token_BLX, mask_BL = tokenizer.encode(torch.from_numpy(wav_S)[None].to(self.model.device))
-            self._tokens[turn.audio] = token_BLX[0, mask_BL[0]].cpu()
-        return self._tokens[turn.audio]
+    def _turn(self, turn: Utterance, medium: str, rng: np.random.Generator | None) -> Turn:
+        if medium == "text" or turn.audio is None:
+            return Turn(turn.role, text=turn.text)
+        if medium == "speech":
+            return Turn(turn.role, text=turn.text, speech_LX=self.recordings.spoken(turn.audio))
+        heard_CF = self.recordings.heard(turn.audio)
+        if rng is not None:
+            heard_CF = spec_augment(heard_CF, rng, self.options.mask_time_frames, self.options.mask_mel_bins)
+        return Turn(turn.role, text=turn.text, heard_CF=torch.from_numpy(heard_CF))
 
     def counts(self, batch: Streams) -> dict[str, float]:
         return batch.counts()
 
     def num_tokens(self, batch: Streams) -> int:
         return int(batch.mask_BL.sum())
+
+    def filled(self, batch: Streams) -> dict[str, tuple[int, int]]:
+        """Positions of the language model, and mel frames of what is heard."""
+        found = {"padding_share": (self.num_tokens(batch), batch.mask_BL.numel())}
+        if batch.features_BCF is not None and batch.feature_lengths_B is not None:
+            slots = batch.features_BCF.shape[0] * batch.features_BCF.shape[2]
+            found["padding_share_heard"] = (int(batch.feature_lengths_B.sum()), slots)
+        return found
 
     # ---------------------------------------------------------------------------------------------- evaluation
 
@@ -249,7 +335,7 @@ class SpeechStage(Stage):
         values |= self._answers(omni, items, speaks, folder)
         if "transcribe" in self.options.tasks:
             said = [c for c in items if c.question.text and c.question.audio]
-            heard = [omni.transcribe(_path(c.question)) for c in said]
+            heard = [omni.transcribe(playable(c.question.audio)) for c in said if c.question.audio]
             values["transcribe_wer"] = word_error_rate([c.question.text for c in said], heard).rate
         return values
 
@@ -265,33 +351,54 @@ class SpeechStage(Stage):
         answers = omni.answers(questions, speak=speaks, batch_size=len(questions))
         wanted = [c.answer.text for c in items]
         values = {"accuracy": sum(a.text == w for a, w in zip(answers, wanted, strict=True)) / len(items)}
-        if not speaks:
-            return values
-        recognised = hear([a.wav_S for a in answers], omni.sample_rate_hz, self.words)
-        values["wer_own_text"] = word_error_rate([a.text or "-" for a in answers], recognised).rate
-        values["wer_right_answer"] = word_error_rate(wanted, recognised).rate
-        lines = [f"{'wanted':40} | {'text':40} | recognised"]
-        for index, (answer, want, said) in enumerate(zip(answers, wanted, recognised, strict=True)):
-            lines.append(f"{want:40} | {answer.text:40} | {said}")
-            if index < 6 and answer.answer_sec:
-                answer.save(folder / f"{index}.wav")
-        (folder / "answers.txt").write_text("\n".join(lines) + "\n")
+        lines = [{"prompt": _prompt(c, q), "wanted": w} for c, q, w in zip(items, questions, wanted, strict=True)]
+        for line, answer in zip(lines, answers, strict=True):
+            line["text"] = answer.text
+        if speaks:
+            recognised = hear([a.wav_S for a in answers], omni.sample_rate_hz, self.words)
+            values["wer_own_text"] = word_error_rate([a.text or "-" for a in answers], recognised).rate
+            values["wer_right_answer"] = word_error_rate(wanted, recognised).rate
+            for index, (line, answer, said) in enumerate(zip(lines, answers, recognised, strict=True)):
+                line["recognised"] = said
+                if index < NUM_KEPT and answer.answer_sec:
+                    line["wav"] = f"{index}.wav"
+                    answer.save(folder / line["wav"])
+                    write_spectrogram(folder / f"{index}.png", answer.wav_S, answer.sample_rate_hz)
+        (folder / ANSWERS).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         return values
 
     def _question(self, item: Conversation) -> Question:
         hears = any(TASKS[t][0] == "audio" and TASKS[t][2] == "answer" for t in self.options.tasks)
-        if not hears and TASKS.get("speak") and "speak" in self.options.tasks:
+        alone = not item.question.text and item.question.audio is None
+        if alone or (not hears and "speak" in self.options.tasks):
             return Question(text=item.answer.text, task="speak")
-        return Question(audio=_path(item.question)) if item.question.audio else Question(text=item.question.text)
+        audio = item.question.audio
+        return Question(text=item.question.text) if audio is None else Question(audio=playable(audio))
 
     def save(self, folder: Path) -> None:
-        merge_lora(self.tuner)
+        if self.tuners:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_adapters(self.model, self.tuners, folder / "adapters", base=self.options.model)
+            if self.options.lora.save == "adapters":
+                return
+            for tuner in self.tuners.values():
+                merge_lora(tuner)
+            self.tuners = {}
         save_model(self.model, self.processor, folder)
 
 
-def _path(turn: Utterance) -> Path:
-    assert turn.audio is not None
-    return turn.audio
+def _prompt(item: Conversation, question: Question) -> str:
+    """A held-out question in words."""
+    return f"{question.task}: {question.text or item.question.text or item.id}"
+
+
+def _medium(turn: Utterance, wanted: str) -> str:
+    """What a turn of the context is given as: as `wanted`, or as what there is."""
+    if turn.audio is None:
+        return "text"
+    if wanted == "text" and not turn.text:
+        return "audio" if turn.role == "user" else "speech"
+    return wanted
 
 
 def with_head(model: FlowOmniModel, changes: dict[str, Any]) -> FlowOmniModel:
@@ -303,23 +410,27 @@ def with_head(model: FlowOmniModel, changes: dict[str, Any]) -> FlowOmniModel:
     return changed
 
 
-def set_trainable(model: FlowOmniModel, trains: TrainsOptions, lora: LoraOptions) -> Any:
-    """Freeze and thaw the parts; returns the LoRA tuner, or None."""
-    model.requires_grad_(False)
-    parts: dict[str, list[Any]] = {
+def parts_of(model: FlowOmniModel) -> dict[str, list[nn.Module]]:
+    """The modules of each part; the first of a part is the one that LoRA goes into."""
+    found: dict[str, list[Any]] = {
         "llm": [model.llm],
-        "encoder": [getattr(model, "encoder", None), getattr(model, "ctc", None)],
-        "projector": [getattr(model, "projector", None)],
-        "voice": [model.output_blocks, model.state_head, model.head, model.state_embedding],
+        "encoder": [getattr(model, "encoder", None)],
+        "projector": [getattr(model, "projector", None), getattr(model, "ctc", None)],  # what reads the encoder
+        "output_blocks": [model.output_blocks],
+        "heads": [model.head, model.state_head, model.state_embedding],
     }
-    tuner = None
-    for name, modules in parts.items():
-        how = getattr(trains, name)
-        if how == "lora":
-            tuner = add_lora(model.llm, lora)
-        for module in modules:
-            if module is not None and how == "full":
-                module.requires_grad_(True)
+    there = {part: [m for m in modules if m is not None] for part, modules in found.items()}
+    return {part: modules for part, modules in there.items() if modules}
+
+
+def set_trainable(model: FlowOmniModel, trains: TrainsOptions, lora: LoraOptions) -> dict[str, LoraModel]:
+    """Freeze and thaw the parts; returns the LoRA tuner of each part that has one."""
+    model.requires_grad_(False)
+    parts, how = parts_of(model), trains.by_part()
+    for part, modules in parts.items():
+        for module in modules if how[part] == "full" else []:
+            module.requires_grad_(True)
     if hasattr(model, "encoder"):
         model.encoder.whisper.embed_positions.requires_grad_(False)
-    return tuner
+    adapted = {part: modules[0] for part, modules in parts.items() if how[part] == "lora"}
+    return add_lora(adapted, lora) if adapted else {}

@@ -104,6 +104,9 @@ class TextStage(Stage):
         self.module = _TextModel(AutoModelForCausalLM.from_config(config, attn_implementation=options.attention))
         self.layout = TurnLayout(layout, self.text_tokenizer, eos, 1, torch.zeros(1))
 
+    def prepare_for_engine(self, engine: str) -> None:
+        """Every batch calls every layer, and no batch needs the module."""
+
     def _example(self, rng: random.Random, split: str) -> tuple[str, Streams]:
         if split == "train" and rng.random() < self.options.speak_share:
             text = _reading(rng)
@@ -129,6 +132,9 @@ class TextStage(Stage):
 
     def num_tokens(self, batch: Streams) -> int:
         return int(batch.mask_BL.sum())
+
+    def filled(self, batch: Streams) -> dict[str, tuple[int, int]]:
+        return {"padding_share": (self.num_tokens(batch), batch.mask_BL.numel())}
 
     def evaluate(self, folder: Path, step: int) -> dict[str, float]:
         rng = random.Random(self.seed)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from flowomni.tokenizers import AutoencoderConfig, CodebookUse, MelTokenizer, Me
 from flowomni.tokenizers.bottlenecks import BottleneckOutput
 
 from ..adversarial import AdversarialOptions, Adversary
+from ..distillation import CorpusTargets, Distillation, DistillationOptions, Targets, prepare_targets
 from .answers import Answers
 from .base import Loss, Stage
 from .vocoder import evaluate_resynthesis, spectral_losses
@@ -43,6 +44,8 @@ class TokenizerOptions:
             true one; the vocoder runs in training only if one of these or of `adversarial` is not 0.
         train_vocoder: whether the vocoder learns from those too.
         adversarial: discriminators of the vocoder's wave.
+        distillation: what language and speech models teach; none by default. Where its targets are not cached yet, they
+            are computed before the first step, by each process for itself.
         num_eval_answers: held-out answers in an evaluation.
         num_codebook_answers: training answers on which an evaluation measures the use of codebooks.
         num_statistics_answers: training answers from which the latent statistics are taken when saving.
@@ -61,6 +64,7 @@ class TokenizerOptions:
     phase_weight: float = 0.0
     train_vocoder: bool = False
     adversarial: AdversarialOptions = AdversarialOptions()
+    distillation: DistillationOptions | None = None
     num_eval_answers: int = 16
     num_codebook_answers: int = 400
     num_statistics_answers: int = 2000
@@ -92,7 +96,7 @@ class TokenizerOptions:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Weight of each loss part there is."""
+        """Weight of each loss part there is; those of distillation are `Distillation.weights`."""
         weights = {"l1": self.l1_weight, "l2": self.l2_weight, "penalty": self.penalty_weight}
         if self.wave:
             weights |= {"magnitude": self.magnitude_weight, "phase": self.phase_weight}
@@ -104,13 +108,21 @@ class TokenizerOptions:
 
 @dataclass(frozen=True)
 class TokenizerBatch:
-    """Crops of answers, wav_BS with a margin on both sides."""
+    """Crops of answers.
+
+    Attributes:
+        wav_BS: with a margin on both sides.
+        targets: of the crops' speech tokens, by kind of teacher; none without distillation.
+    """
 
     wav_BS: Tensor
+    targets: Mapping[str, Targets] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> TokenizerBatch:
         """The same batch on `device`."""
-        return TokenizerBatch(self.wav_BS.to(device))
+        return TokenizerBatch(
+            self.wav_BS.to(device), {kind: targets.to(device) for kind, targets in self.targets.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -129,15 +141,37 @@ class Reconstruction:
     before_BLD: Tensor
     bottleneck: BottleneckOutput
 
+    @property
+    def features(self) -> Tensor:
+        """What a distillation is taken of: what a model over the tokens will read, without noise or dropout.
+
+        before_BLD of a continuous bottleneck; level_KBLD of "vq" and "rvq"; of "fsq", whose codebooks stand side by
+        side, the latents of all codes together.
+        """
+        if self.bottleneck.level_KBLD is not None:
+            return self.bottleneck.level_KBLD
+        return self.before_BLD if self.bottleneck.code_BLK is None else self.bottleneck.latent_BLD
+
 
 class TokenizerTraining(nn.Module):
-    """A tokenizer whose encoder, bottleneck and decoder train, and its discriminators if it has any."""
+    """A tokenizer whose encoder, bottleneck and decoder train, and what it learns from: discriminators, projections.
 
-    def __init__(self, tokenizer: MelTokenizer, options: TokenizerOptions):
+    Args:
+        teacher_dims: width of each kind of teacher, with `options.distillation`; `CorpusTargets.dims`.
+    """
+
+    def __init__(
+        self, tokenizer: MelTokenizer, options: TokenizerOptions, teacher_dims: Mapping[str, int] | None = None
+    ):
         super().__init__()
         self.tokenizer = tokenizer
         self.tokenizer.vocoder.requires_grad_(options.train_vocoder)
         self.adversary = Adversary(options.adversarial) if options.adversarial.weight else None
+        # last, so that the rest starts from the weights that it has without
+        self.distillation: Distillation | None = None
+        if options.distillation is not None:
+            latent_dim = options.autoencoder.latent_dim
+            self.distillation = Distillation(options.distillation, latent_dim, teacher_dims or {})
         self.options = options
 
     @property
@@ -152,7 +186,7 @@ class TokenizerTraining(nn.Module):
         return self.options.crop_tokens * self.tokenizer.frames_per_token
 
     def forward(self, batch: TokenizerBatch, generator: torch.Generator) -> dict[str, Loss]:
-        """The losses of `TokenizerOptions.weights`, summed over rows."""
+        """The losses of `TokenizerOptions.weights`, summed over rows, and those of distillation."""
         found = self.reconstruct(batch, generator)
         difference_BFC = found.found_BFC - found.mel_BFC
         parts = {
@@ -163,7 +197,8 @@ class TokenizerTraining(nn.Module):
         if self.options.wave:
             parts |= self._wave_losses(found.found_BFC, batch.wav_BS)
         count = torch.tensor(float(len(difference_BFC)), device=difference_BFC.device)
-        return {name: Loss(value, count) for name, value in parts.items()}
+        losses = {name: Loss(value, count) for name, value in parts.items()}
+        return losses | (self.distillation(found.features, batch.targets) if self.distillation is not None else {})
 
     def reconstruct(self, batch: TokenizerBatch, generator: torch.Generator) -> Reconstruction:
         """Mel through encoder, bottleneck (with its noise or dropout) and decoder."""
@@ -203,20 +238,37 @@ class TokenizerStage(Stage):
         tokenizer.front.load_state_dict(vocoder.front.state_dict())
         tokenizer.vocoder.load_state_dict(vocoder.vocoder.state_dict())
         self.answers = Answers(options.corpus, tokenizer.spec.sample_rate_hz, options.max_answers)
-        self.module = TokenizerTraining(tokenizer, options)
+        self.targets: CorpusTargets | None = None
+        if options.distillation is not None:
+            spec, names = tokenizer.spec, self.answers.training_names
+            with torch.random.fork_rng([]):  # loading a teacher may draw, and ours must start as they do without
+                self.targets = prepare_targets(
+                    options.distillation, options.corpus, spec.samples_per_token / spec.sample_rate_hz, names
+                )
+        self.module = TokenizerTraining(tokenizer, options, self.targets.dims if self.targets is not None else None)
         self.weights = options.weights
+        if self.module.distillation is not None:
+            self.weights |= self.module.distillation.weights
 
     def batch(self, index: int, rank: int, world_size: int) -> TokenizerBatch:
         """Random crops; a pure function of the seed, `index` and `rank`."""
-        tokenizer = self.module.tokenizer
+        tokenizer, num_rows, num_tokens = self.module.tokenizer, self.options.batch_size, self.options.crop_tokens
         margin = self.module.margin_frames * tokenizer.front.config.hop_length
-        num_samples = self.options.crop_tokens * tokenizer.spec.samples_per_token
+        num_samples = num_tokens * tokenizer.spec.samples_per_token
         keys = (self.seed, index * world_size + rank)
-        return TokenizerBatch(self.answers.crops(self.options.batch_size, num_samples, margin, *keys))
+        wav_BS = self.answers.crops(num_rows, num_samples, margin, *keys)
+        if self.targets is None:
+            return TokenizerBatch(wav_BS)
+        places = self.answers.places(num_rows, num_samples, *keys)
+        names = [self.answers.training_names[place.index] for place in places]
+        starts_sec = [place.start / tokenizer.spec.sample_rate_hz for place in places]
+        return TokenizerBatch(wav_BS, self.targets.batch(names, starts_sec, num_tokens))
 
     def counts(self, batch: TokenizerBatch) -> dict[str, float]:
-        """Rows."""
-        return dict.fromkeys(self.weights, float(len(batch.wav_BS)))
+        """Rows; for distillation, those with a target or the tokens that have one."""
+        counts = dict.fromkeys(self.options.weights, float(len(batch.wav_BS)))
+        distillation = self.module.distillation
+        return counts | (distillation.counts(batch.targets) if distillation is not None else {})
 
     def num_tokens(self, batch: TokenizerBatch) -> int:
         """Mel frames."""

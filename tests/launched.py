@@ -1,0 +1,43 @@
+"""What `accelerate launch` starts in tests: a training run that is cut off, and goes on, in one pair of processes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from training.config import parse
+from training.stages import STAGES
+from training.stages.base import Stage
+from training.train import RunOptions, train
+
+
+class PowerCut(Exception):
+    pass
+
+
+def cut_off(stage_class: type[Stage], at: int) -> type[Stage]:
+    """The stage, dying when micro-batch `at` is asked for."""
+
+    class Dying(stage_class):  # type: ignore[misc, valid-type]
+        def batch(self, index: int, rank: int, world_size: int) -> Any:
+            if index >= at:
+                raise PowerCut
+            return super().batch(index, rank, world_size)
+
+    return Dying
+
+
+def main(config: str, cut_at: int) -> None:
+    """Train what the file says up to micro-batch `cut_at` of this process, then again to its end."""
+    parsed = parse(RunOptions, {name: cls.Options for name, cls in STAGES.items()}, ["--config", config])
+    stage_class = STAGES[parsed.run.stage]
+    try:
+        train(parsed.run, parsed.options, cut_off(stage_class, cut_at))
+        raise AssertionError("the run was not cut off")
+    except PowerCut:
+        pass
+    train(parsed.run, parsed.options, stage_class)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
