@@ -29,8 +29,8 @@ def make_accelerator(mixed_precision: str, clip_norm: float) -> Accelerator:
     """
     # a batch of one task leaves parts of the model unused (nothing heard, nothing spoken), other ones on each process
     handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    if not deepspeed:
+    with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if not with_deepspeed:
         # accelerate would see one process where several were started without a GPU
         cpu = not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
         return Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=handlers)

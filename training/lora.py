@@ -75,7 +75,7 @@ def _add(part: str, module: nn.Module, linear: list[str], options: LoraOptions) 
         targets = [target for target in options.targets if any(_named(name, target) for name in linear)]
         if not targets:
             raise ValueError(f"lora.targets {options.targets} names no layer of {part}: there are {', '.join(linear)}")
-        if output and any(_named(output, t) for t in targets) and module.config.tie_word_embeddings:
+        if output and any(_named(output, t) for t in targets) and getattr(module.config, "tie_word_embeddings", False):
             raise ValueError(f"lora.targets has {output!r}, whose weight is the embedding's too: leave it out")
     rank = options.ranks.get(part, options.rank)
     config = LoraConfig(
@@ -127,7 +127,7 @@ def save_adapters(model: nn.Module, tuners: Mapping[str, LoraModel], folder: Pat
         config = tuner.peft_config["default"]
         config.base_model_name_or_path = base
         config.inference_mode = True
-        config.save_pretrained(folder / part)
+        config.save_pretrained(str(folder / part))
         config.inference_mode = False
     trained = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside}
     if trained:
@@ -175,9 +175,10 @@ def merge_lora(tuner: LoraModel) -> dict[str, float]:
     changes = {}
     for name, layer in tuner.model.named_modules():
         if isinstance(layer, LoraLayer):
-            before_OI: Tensor = layer.get_base_layer().weight.detach().clone()
-            layer.merge()
-            changes[name] = float((layer.get_base_layer().weight - before_OI).abs().max())
+            adapted: Any = layer
+            before_OI: Tensor = adapted.get_base_layer().weight.detach().clone()
+            adapted.merge()
+            changes[name] = float((adapted.get_base_layer().weight - before_OI).abs().max())
     tuner.unload()
     return changes
 

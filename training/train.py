@@ -303,7 +303,7 @@ def fingerprint_of(run: RunOptions, options: Any, accelerator: Accelerator) -> t
     up its state goes on with as many processes as it had; any other with what gives the same product.
     """
     settings = settings_of(run) | settings_of(options, "options.")
-    left_out = _NOT_IN_FINGERPRINT
+    left_out: tuple[str, ...] = _NOT_IN_FINGERPRINT
     if "lora" not in {value for name, value in settings.items() if name.startswith("options.trains.")}:
         left_out += ("options.lora",)
     kept = {name: v for name, v in settings.items() if not any(f"{name}.".startswith(f"{key}.") for key in left_out)}
