@@ -126,7 +126,7 @@ def test_plan_of_a_hearing_stage(corpus: str) -> None:
 def test_an_encoder_not_made_yet_has_the_sizes_of_its_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     made, used = plan_of(CONFIGS / "tiny/hearing.yaml"), plan_of(CONFIGS / "tiny/align.yaml")
-    assert numbers(used)["encoder"] == numbers(made)["encoder"]
+    assert numbers(used)["encoder"] == (numbers(made)["encoder"][0], 0)  # alignment keeps it frozen
     assert used.sources["runs/tiny/hearing/final"].endswith("configs/tiny/hearing.yaml")
 
 
@@ -141,7 +141,7 @@ def test_every_configuration_plans_without_earlier_runs(
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.chdir(tmp_path)
-    model = yaml.safe_load(file.read_text())["options"].get("model", "")
+    model = yaml.safe_load(file.read_text()).get("options", {}).get("model", "")
     if model.startswith("flowomni/models/"):  # ships with the checkout, no stage makes it
         with pytest.raises(ValueError, match=f"options.model: there is no folder '{model}'"):
             plan_of(file)
