@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
+
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 
 from training.config import parse
 from training.stages import STAGES
@@ -39,5 +43,13 @@ def main(config: str, cut_at: int) -> None:
     train(parsed.run, parsed.options, stage_class)
 
 
+def take_cpus_for_gpus() -> None:
+    """accelerate has FSDP on GPUs alone; torch has it on CPUs too, over gloo."""
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+
+
 if __name__ == "__main__":
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        take_cpus_for_gpus()
     main(sys.argv[1], int(sys.argv[2]))

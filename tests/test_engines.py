@@ -129,15 +129,16 @@ def check_same(folder: Path, one_process: Path) -> None:
     load_model(folder / "final")
 
 
-@pytest.mark.parametrize("engine", ["zero2", "zero3"])
-@pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed: pip install 'flowomni[deepspeed]'")
-def test_deepspeed_on_two_processes_is_one_process(
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
+def test_cut_up_over_two_processes_it_is_one_process(
     engine: str, options: SpeechOptions, seed: int, one_process: Path, tmp_path: Path
 ) -> None:
     """Cut off and gone on in between, with weights, gradients and optimizer state in two places."""
+    if engine != "fsdp2" and not HAS_DEEPSPEED:
+        pytest.skip("deepspeed is not installed: pip install 'flowomni[deepspeed]'")
     run = launch(engine, options, seed, tmp_path)
     check_same(tmp_path / "run", one_process)
-    with pytest.raises(ValueError, match=r"engine: 'DeepSpeed ZeRO-\d with 2 processes' then, 'plain' now"):
+    with pytest.raises(ValueError, match=r"engine: '(DeepSpeed ZeRO-\d|FSDP) with 2 processes' then, 'plain' now"):
         train(dataclasses.replace(run, accumulation=4), options, SpeechStage)
 
 

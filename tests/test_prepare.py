@@ -193,8 +193,13 @@ def prepare_with(model: Path, manifest: Path, out: Path, **changes: Any) -> Path
     return prepare(manifest, out, stage.model.speech_tokenizer, stage.processor.heard_features, **changes)
 
 
-def test_processes_make_the_same_shards(corpus: Path, model: Path, tmp_path: Path) -> None:
-    """Two launched processes, the second with two workers of its own."""
+def test_processes_make_the_same_shards(
+    corpus: Path, model: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Two launched processes, the second with two workers of its own; one thread each, so that sums have one order."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    request.addfinalizer(lambda: torch.set_num_threads(num_threads))
     outs = [tmp_path / "one", tmp_path / "two"]
     args = ["--manifest", str(corpus), "--model", str(model), "--clips-per-shard", "2"]
     run(*args, "--out", outs[0], "--workers", 1)

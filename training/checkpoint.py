@@ -135,12 +135,16 @@ class Checkpoints:
 
     # ------------------------------------------------------------------------------------------------------ metrics
 
-    def is_best(self, value: float) -> bool:
-        """Whether `value` is better than that of every kept checkpoint; of two equal ones the earlier stays."""
-        best = self._best(self.complete())
-        if best is None:
-            return value == value
-        return self.sign * value < self.sign * (_metric(best, self.best_metric) or 0.0)
+    def is_best(self, value: float | None) -> bool:
+        """Whether `value` is better than that of every kept checkpoint; of two equal ones the earlier stays.
+
+        Every process has to call it, with the same value; None is no better than any.
+        """
+        if value is None:
+            return False
+        best = self._best(self.complete()) if self.accelerator.is_main_process else None
+        before = None if best is None else _metric(best, self.best_metric)
+        return broadcast_object_list([before is None or self.sign * value < self.sign * before])[0]
 
     def _best(self, found: list[Path]) -> Path | None:
         measured = [(self.sign * value, p) for p in found if (value := _metric(p, self.best_metric)) is not None]

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import nn
 from transformers.integrations import unset_hf_deepspeed_config
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .ema import Ema
 from .stages.base import Stage
@@ -25,15 +26,20 @@ def make_accelerator(mixed_precision: str, clip_norm: float) -> Accelerator:
     """The accelerator for the engine that `accelerate launch` chose.
 
     Raises:
-        ValueError: DeepSpeed with fp16, whose loss scale the loop does not share.
+        ValueError: DeepSpeed with fp16, whose loss scale the loop does not share; FSDP without GPUs.
     """
     # a batch of one task leaves parts of the model unused (nothing heard, nothing spoken), other ones on each process
     handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     if not with_deepspeed:
-        # accelerate would see one process where several were started without a GPU
-        cpu = not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
-        return Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=handlers)
+        # without a GPU, accelerate sees one process where several were started, unless it is told of CPUs
+        num_started = int(os.environ.get("WORLD_SIZE", "1"))
+        fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        cpu = num_started > 1 and not torch.cuda.is_available() and not fsdp
+        accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=handlers)
+        if accelerator.num_processes != num_started:
+            raise ValueError("FSDP needs GPUs, and there are none: use two_cpu of configs/accelerate")
+        return accelerator
     if mixed_precision == "fp16":
         raise ValueError("mixed_precision is 'fp16', which does not go with DeepSpeed here: use 'bf16'")
     if not torch.cuda.is_available():
@@ -52,6 +58,23 @@ def make_accelerator(mixed_precision: str, clip_norm: float) -> Accelerator:
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     config["torch_autocast"] = {"enabled": mixed_precision == "bf16", "dtype": "bfloat16"}
     return accelerator
+
+
+def prepare(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    """The module and its optimizer as the engine wraps them.
+
+    FSDP2 cuts up one transformer layer after the other, whatever family it is of, and the rest in one piece: accelerate
+    would take the embeddings out of that, which torch refuses where the output embeddings share their weight.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return accelerator.prepare(module, optimizer)
+    layers = {type(part).__name__ for part in module.modules() if isinstance(part, GradientCheckpointingLayer)}
+    accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(layers)
+    object.__setattr__(module, "get_input_embeddings", lambda: None)
+    try:
+        return accelerator.prepare(module, optimizer)
+    finally:
+        object.__delattr__(module, "get_input_embeddings")
 
 
 def engine_name(accelerator: Accelerator) -> str:

@@ -27,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .checkpoint import Checkpoints, defaults_of, settings_of
 from .config import parse
 from .ema import Ema
-from .engines import Whole, engine_name, innermost, is_sharded, make_accelerator
+from .engines import Whole, engine_name, innermost, is_sharded, make_accelerator, prepare
 from .logs import Logs, Throughput
 from .stages.base import Stage, rng_for
 from .summary import write_summary
@@ -132,14 +132,11 @@ def train(run: RunOptions, options: Any, stage_class: Callable[..., Stage]) -> P
         checkpoint_layers(stage.module)
     if run.compile:
         compile_layers(stage.module)
-    module, optimizer = accelerator.prepare(stage.module, optimizer)
+    module, optimizer = prepare(accelerator, stage.module, optimizer)
     scheduler = torch.optim.lr_scheduler.LambdaLR(innermost(optimizer), lambda step: learning_rate_factor(step, run))
     ema = Ema(stage.module, run.ema_decay)  # after `prepare`, which moves the parameters to their device
     whole = Whole(stage, module, ema, accelerator, lambda: stage_class(options, run.seed))
-    fingerprint, defaults = fingerprint_of(run, options, accelerator)
-    checkpoints = Checkpoints(
-        folder / "checkpoints", accelerator, fingerprint, run.keep_checkpoints, run.best_metric, run.best_is, defaults
-    )
+    checkpoints = checkpoints_of(run, options, accelerator)
     checkpoints.register(scheduler)
     checkpoints.register(ema, of_each_process=is_sharded(accelerator))
     first = checkpoints.resume()
@@ -171,11 +168,9 @@ def train(run: RunOptions, options: Any, stage_class: Callable[..., Stage]) -> P
             values = evaluate(whole, samples, done)
             logs.write(done, values, show=progress.write)
             logs.write_samples(done, samples)
-            metric = best_of(values, run)
-            accelerator.wait_for_everyone()
+            metric = metric_of(values, run)
             throughput.restart()
-        best = metric is not None and checkpoints.is_best(metric)
-        if last or best or (run.save_every and done % run.save_every == 0):
+        if last or checkpoints.is_best(metric) or (run.save_every and done % run.save_every == 0):
             try_to_save(checkpoints, done, metric)
     feed.close()
     save_final(whole, folder / "final")
@@ -296,6 +291,14 @@ class Feed:
         self.pool.shutdown(cancel_futures=True)
 
 
+def checkpoints_of(run: RunOptions, options: Any, accelerator: Accelerator) -> Checkpoints:
+    """The checkpoints in the run's folder."""
+    fingerprint, defaults = fingerprint_of(run, options, accelerator)
+    folder = Path(run.output_dir) / "checkpoints"
+    best = run.best_metric, run.best_is
+    return Checkpoints(folder, accelerator, fingerprint, run.keep_checkpoints, *best, defaults)
+
+
 def fingerprint_of(run: RunOptions, options: Any, accelerator: Accelerator) -> tuple[dict[str, Any], dict[str, Any]]:
     """What makes a run the run it is, by name, and the defaults of these names.
 
@@ -370,7 +373,7 @@ def evaluate(whole: Whole, folder: Path, step: int) -> dict[str, float]:
     return broadcast_object_list([values])[0]
 
 
-def best_of(values: dict[str, float], run: RunOptions) -> float | None:
+def metric_of(values: dict[str, float], run: RunOptions) -> float | None:
     """The value that decides which checkpoint is the best; None where there is none to compare."""
     if run.best_metric and values and run.best_metric not in values:
         names = ", ".join(sorted(values))
