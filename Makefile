@@ -40,6 +40,7 @@ tiny: .venv/.base  ## the model in the box, retrained from nothing
 	$(TRAIN)/text.yaml
 	$(TRAIN)/hearing.yaml
 	$(TRAIN)/align.yaml
+	$(TRAIN)/listen.yaml
 	$(TRAIN)/speech.yaml
 	$(BIN)/python -m scripts.pack_model runs/tiny/speech/final flowomni/models/flowomni-tiny \
 		--sampling '{"solver": "euler", "num_steps": 16, "temperature": 0.6, "guidance": 2.5}'

@@ -65,7 +65,9 @@ class LossConfig:
     """Weights of the training objective, applied to per-target means.
 
     Attributes:
-        text_weight, state_weight, speech_weight, ctc_weight: weight of each part.
+        text_weight, state_weight, speech_weight: weight of each part.
+        ctc_weight, text_ctc_weight: of what the ears are taught beside it: letters on the encoder's frames, and the
+            language model's text tokens on the heard positions. 0 leaves a part out.
         stop_weight: class weight of the stop state, which is one step per answer.
     """
 
@@ -73,6 +75,7 @@ class LossConfig:
     state_weight: float = 1.0
     speech_weight: float = 1.0
     ctc_weight: float = 0.0
+    text_ctc_weight: float = 0.0
     stop_weight: float = 1.0
 
 

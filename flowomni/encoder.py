@@ -308,6 +308,53 @@ class CtcAuxiliary(nn.Module):
         return bytes(int(c) - 1 for c in joined if c > 0).decode(errors="replace")
 
 
+class TextCtcAuxiliary(nn.Module):
+    """CTC over the language model's own text tokens on the heard positions, scored by its input embeddings.
+
+    What is heard of a token comes to lie near that token's embedding, so that a language model which can copy text can
+    copy what it hears. For an encoder that listens already: alone it stays at the all-blank plateau (see LOG.md).
+    Costs heard positions times the vocabulary.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.blank = nn.Linear(hidden_size, 1)
+        self.log_scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, heard_BPH: Tensor, lengths_B: Tensor, table_VH: Tensor, text_BU: Tensor) -> Loss:
+        """Summed over the clips that say something, each divided by its number of tokens.
+
+        Args:
+            heard_BPH: projected positions; lengths_B: how many of them are real.
+            table_VH: the language model's input embeddings; nothing is learned into them here.
+            text_BU: text ids of the transcripts, -1 past a row's end; rows that say nothing are all -1.
+        """
+        num_ids_B = (text_BU >= 0).sum(1)
+        says_B = num_ids_B > 0
+        heard_BPH, text_BU, num_ids_B = heard_BPH[says_B], text_BU[says_B], num_ids_B[says_B]
+        log_probs = self._log_probs(heard_BPH, table_VH)
+        if not bool(says_B.any()):
+            return Loss(log_probs.sum(), says_B.sum())
+        losses_B = F.ctc_loss(
+            log_probs.transpose(0, 1),
+            text_BU.clamp(min=0) + 1,
+            lengths_B[says_B],
+            num_ids_B,
+            reduction="none",
+            zero_infinity=True,
+        )
+        return Loss((losses_B / num_ids_B).sum(), says_B.sum())
+
+    def read(self, heard_PH: Tensor, table_VH: Tensor) -> list[int]:
+        """Text ids of one clip by CTC's best path."""
+        joined = torch.unique_consecutive(self._log_probs(heard_PH, table_VH).argmax(-1))
+        return [int(c) - 1 for c in joined if c > 0]
+
+    def _log_probs(self, heard: Tensor, table_VH: Tensor) -> Tensor:
+        tokens = self.log_scale.exp() * (heard @ F.normalize(table_VH.detach(), dim=-1).T)
+        return torch.cat([self.blank(heard), tokens], dim=-1).float().log_softmax(-1)
+
+
 class Projector(nn.Module):
     """Encoder frames to positions of the language model: `stack` frames side by side, then a two-layer MLP (GELU).
 

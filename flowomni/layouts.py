@@ -184,7 +184,8 @@ class TurnLayout:
                 rows.add_text(self._ids(turn.text or ""))
         if answer is not None:
             self._add_answer(rows, answer, target=True)
-        return rows.streams(clips, [list((t.text or "").encode()) for t in clips])
+        letters = [list((t.text or "").encode()) for t in clips]
+        return rows.streams(clips, letters, [self._ids(t.text or "") for t in clips])
 
     def _render(self, messages: list[dict[str, str]], instruction: str) -> str:
         """Text of the prompt. Where a template refuses a system turn, the instruction goes before the first turn."""
@@ -268,15 +269,18 @@ class _Rows:
         for _ in range(num_positions):
             self.add(heard=True)
 
-    def streams(self, clips: list[Turn], transcripts: list[list[int]]) -> Streams:
+    def streams(self, clips: list[Turn], letters: list[list[int]], text_ids: list[list[int]]) -> Streams:
         text, state, speech, heard, text_loss, state_loss, tail = zip(*self.rows, strict=True)
-        features = lengths = ctc = None
+        features = lengths = ctc = heard_text = None
         if clips:
             lengths = torch.tensor([c.heard_CF.shape[-1] for c in clips])  # type: ignore[union-attr]
             features = torch.nn.utils.rnn.pad_sequence([c.heard_CF.T for c in clips], batch_first=True).transpose(1, 2)  # type: ignore[union-attr]
-            ctc = torch.nn.utils.rnn.pad_sequence(
-                [torch.tensor(t, dtype=torch.int64) for t in transcripts], batch_first=True, padding_value=NONE
-            )
+            ctc, heard_text = [
+                torch.nn.utils.rnn.pad_sequence(
+                    [torch.tensor(ids, dtype=torch.int64) for ids in said], batch_first=True, padding_value=NONE
+                )
+                for said in (letters, text_ids)
+            ]
         return Streams(
             text_BL=torch.tensor([text]),
             state_BL=torch.tensor([state]),
@@ -288,5 +292,6 @@ class _Rows:
             features_BCF=features,
             feature_lengths_B=lengths,
             ctc_BT=ctc,
+            heard_text_BU=heard_text,
             tail_BL=torch.tensor([tail]),
         )

@@ -45,6 +45,7 @@ class Streams:
         features_BCF: float32 Whisper log-mel of the heard clips in order of appearance, or None. B here counts clips.
         feature_lengths_B: int64 true number of mel frames of each clip.
         ctc_BT: int64 UTF-8 bytes of what each clip says (auxiliary CTC target), NONE-padded, or None.
+        heard_text_BU: int64 text ids of what each clip says (likewise, of the language model's tokenizer), or None.
         tail_BL: bool, positions in the STOP state that hold what is still missing of the last speech tokens, where
             parts of a token come steps after it (`SpeechHead.part_delays`); None means nowhere.
     """
@@ -59,6 +60,7 @@ class Streams:
     features_BCF: Tensor | None = None
     feature_lengths_B: Tensor | None = None
     ctc_BT: Tensor | None = None
+    heard_text_BU: Tensor | None = None
     tail_BL: Tensor | None = None
 
     @property
@@ -91,7 +93,8 @@ class Streams:
             "text": float(self.text_loss_BL[:, shifted].sum()),
             "state": float(self.state_target_BL[:, shifted].sum()),
             "speech": float(self.speech_loss_BL[:, shifted].sum()),
-            "ctc": float(0 if self.ctc_BT is None else (self.ctc_BT[:, :1] != NONE).sum()),
+            "ctc": _num_filled(self.ctc_BT),
+            "text_ctc": _num_filled(self.heard_text_BU),
         }
 
 
@@ -119,11 +122,20 @@ def collate(rows: list[Streams], length: int | None = None) -> Streams:
         state_loss_BL=stack("state_loss_BL", False),
         features_BCF=_pad_last([f for row in clips for f in row.features_BCF], 0.0) if clips else None,  # type: ignore[union-attr]
         feature_lengths_B=torch.cat([row.feature_lengths_B for row in clips]) if clips else None,  # type: ignore[misc]
-        ctc_BT=_pad_last([c for row in clips for c in row.ctc_BT], NONE)  # type: ignore[union-attr]
-        if clips and clips[0].ctc_BT is not None
-        else None,
+        ctc_BT=_pad_clips(clips, "ctc_BT"),
+        heard_text_BU=_pad_clips(clips, "heard_text_BU"),
         tail_BL=None if rows[0].tail_BL is None else stack("tail_BL", False),
     )
+
+
+def _num_filled(said_BU: Tensor | None) -> float:
+    return float(0 if said_BU is None else (said_BU[:, :1] != NONE).sum())
+
+
+def _pad_clips(rows: list[Streams], name: str) -> Tensor | None:
+    if not rows or getattr(rows[0], name) is None:
+        return None
+    return _pad_last([said_U for row in rows for said_U in getattr(row, name)], NONE)
 
 
 def _pad_last(values: list[Tensor], fill: float) -> Tensor:

@@ -20,9 +20,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from flowomni.commands import Parser, exit_status
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: a bad command line is answered before
     from .session import Event, Session, SessionOptions
@@ -31,17 +33,9 @@ TICK_SEC = 0.02
 _NO_SOUND = "or let a file speak: --wav question.wav"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors are one line and exit status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (see --help)", file=sys.stderr)
-        raise SystemExit(2)
-
-
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """The command line; what does not fit together ends the program."""
-    parser = _Parser(prog="python -m inference.chat", description="Talk with a model; Ctrl-C ends the conversation.")
+    parser = Parser(prog="python -m inference.chat", description="Talk with a model; Ctrl-C ends the conversation.")
     parser.add_argument("--wav", metavar="FILE", help="a file as the microphone, and nothing is played")
     parser.add_argument("--fast", action="store_true", help="with --wav: do not wait for the clock")
     parser.add_argument("--out", type=Path, help="keep the conversation here (.wav or .flac, stereo)")
@@ -292,15 +286,7 @@ def chat(options: argparse.Namespace) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit status: 0 done or ended by Ctrl-C, 2 bad input, 130 stopped before it began."""
-    try:
-        chat(parse(args))
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: chat(parse(args)))
 
 
 if __name__ == "__main__":

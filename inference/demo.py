@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flowomni.commands import exit_status
+
 from .talk import answer_live
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: --help is answered before
@@ -123,15 +125,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--out-dir", type=Path, default=Path("demo_out"), help="default: demo_out")
     parser.add_argument("--max-steps", type=int, help=f"of the fine-tune (default: what {CONFIG} says)")
     options = parser.parse_args(args)
-    try:
-        demo(options.model, options.out_dir, options.max_steps)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: demo(options.model, options.out_dir, options.max_steps))
 
 
 if __name__ == "__main__":

@@ -13,15 +13,16 @@ import argparse
 import asyncio
 import os
 import re
-import signal
 import socket
 import ssl
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import uvicorn
+
+from flowomni.commands import Parser, exit_status
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: a bad command line is answered before
     from .engine import Engine
@@ -32,19 +33,9 @@ KEY_VARIABLE = "FLOWOMNI_API_KEY"
 KEY_LETTERS = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # of a websocket subprotocol (RFC 6455, 4.1), which is how a page sends it
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors are one line and exit status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (see --help)", file=sys.stderr)
-        raise SystemExit(2)
-
-
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """The command line; what does not fit together ends the program."""
-    parser = _Parser(
-        prog="python -m inference.serve", description="Serve a model to talk to, with a page for browsers."
-    )
+    parser = Parser(prog="python -m inference.serve", description="Serve a model to talk to, with a page for browsers.")
     add = parser.add_argument
     add("--model", help="model folder (default: the model in the box)")
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (default: 127.0.0.1)")
@@ -203,14 +194,7 @@ def _warm_up(engine: Engine, options: SessionOptions) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit status: 0 stopped by a signal, 2 bad input."""
-    try:
-        return serve(parse(args))
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
+    return exit_status(lambda: serve(parse(args)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from flowomni.commands import Parser, exit_status
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: a bad command line is answered before
     from flowomni import Answer, FlowOmni, Question
@@ -48,17 +50,9 @@ class Task:
     out: Path | None
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors are one line and exit status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (see --help)", file=sys.stderr)
-        raise SystemExit(2)
-
-
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """The command line; what does not fit together ends the program."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m inference.talk",
         description="Ask a model by voice or text and hear its answer.",
         epilog=JSON_HELP,
@@ -279,17 +273,7 @@ def _report(line: str) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit status: 0 done, 2 bad input, 130 stopped by Ctrl-C."""
-    try:
-        return talk(parse(args))
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output has left, as `| head` does: nobody is there to be told
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: talk(parse(args)))
 
 
 if __name__ == "__main__":

@@ -337,6 +337,12 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
         prog="scripts.ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, required=True, help="the grid's YAML file")
+    add_plan_arguments(parser)
+    return parser.parse_args(args)
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `train_grid` is told."""
     parser.add_argument("--plan", action="store_true", help="print what would be trained and what it costs, no more")
     parser.add_argument(
         "--calibrate",
@@ -344,7 +350,6 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="STEPS",
         help=f"measure the time of a step where it is not known ({CALIBRATION_STEPS} before training; 0: do not)",
     )
-    return parser.parse_args(args)
 
 
 def ablate(args: argparse.Namespace) -> int:

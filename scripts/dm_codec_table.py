@@ -43,7 +43,7 @@ from flowomni.evaluation import hear, word_error_rate
 from flowomni.evaluation.metrics import NUM_RESAMPLES
 from flowomni.evaluation.resynthesis import fidelity, word_information
 from flowomni.tokenizers import MelTokenizer
-from scripts.ablate import CALIBRATION_STEPS, run_command, train_grid
+from scripts.ablate import add_plan_arguments, run_command, train_grid
 from scripts.ablation_grid import LAUNCH, PER_RUN, Cell, Grid, flat
 from training.config import read_yaml
 from training.manifest import read_manifest
@@ -265,13 +265,7 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--configs", type=Path, default=CONFIGS, help=f"folder of the cells, {PREFIX}*.yaml")
     parser.add_argument("--num-answers", type=int, default=0, help="held-out answers to measure; 0: all (about 2 %%)")
-    parser.add_argument("--plan", action="store_true", help="print what would be trained and what it costs, no more")
-    parser.add_argument(
-        "--calibrate",
-        type=int,
-        metavar="STEPS",
-        help=f"measure the time of a step where it is not known ({CALIBRATION_STEPS} before training; 0: do not)",
-    )
+    add_plan_arguments(parser)
     return parser.parse_args(args)
 
 

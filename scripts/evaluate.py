@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from flowomni.commands import exit_status
 from flowomni.evaluation import Clip, Heard, Interval, bootstrap_interval, listen, right_share, word_error_rate
 from scripts.evaluation_page import listening_page
 from training.manifest import Conversation, read_manifest
@@ -347,13 +348,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 2 after bad input, with one line that says what is wrong."""
-    options = parse(arguments)
-    try:
-        evaluate(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: evaluate(parse(arguments)))
 
 
 if __name__ == "__main__":

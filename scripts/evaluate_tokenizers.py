@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from flowomni.api import BUNDLED_MODEL
 from flowomni.build import load_model
+from flowomni.commands import exit_status
 from flowomni.configuration import FlowOmniConfig
 from flowomni.evaluation import Interval
 from flowomni.evaluation.shifts import SHIFTS, Shift
@@ -370,13 +371,7 @@ def write(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 2 after bad input, with one line that says what is wrong."""
-    options = parse(arguments)
-    try:
-        evaluate(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: evaluate(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import soundfile
 
-from scripts.make_talk_corpus import CorpusError, Question, answer_path, speak_answers, speak_questions
+from flowomni.commands import exit_status
+from scripts.make_talk_corpus import Question, answer_path, speak_answers, speak_questions
 from training.talk_text import Pair
 
 NEW = ("color", "what color is the dragon", "the dragon is golden")
@@ -112,12 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("inference/demo_data"), help="default: inference/demo_data")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    try:
-        print(f"{make_demo_data(options.out, options.seed)} conversations in {options.out}")
-    except (CorpusError, OSError) as error:
-        print(f"make_demo_data: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: print(f"{make_demo_data(options.out, options.seed)} conversations in {options.out}"))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ PACKAGES = {
 DEFAULT_FSDD = Path("../shared/data/fsdd/recordings")
 
 
-class CorpusError(RuntimeError):
+class CorpusError(ValueError):
     """Something the user can mend; its text is one line that says what and how."""
 
 
@@ -460,7 +460,7 @@ def main(argv: list[str] | None = None) -> int:
         stats = make_corpus(
             options.out, options.num_pairs, options.seed, fsdd, max(1, options.num_workers), options.only
         )
-    except (CorpusError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         remedy = f": free some for {options.out} (80 MB a thousand pairs), then repeat the command" if full else ""
         print(f"make_talk_corpus: {error}{remedy}", file=sys.stderr)

@@ -27,19 +27,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowomni.losses import Loss
+from tests.tiny import LLM
 from training.checkpoint import Checkpoints
 from training.stages.base import Stage
 from training.stages.text import TextOptions, TextStage
 from training.train import RunOptions, train
 
-LLM = {
-    "model_type": "qwen2",
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
 TEXT = TextOptions(
     llm=LLM, instructions={"answer": "", "transcribe": "write", "speak": "say"}, batch_size=2, num_eval=4
 )

@@ -40,9 +40,9 @@ def test_both_folders_of_configurations_are_searched() -> None:
 
 def test_a_delta_is_its_base_with_what_it_changes(tmp_path: Path) -> None:
     (tmp_path / "delta.yaml").write_text(
-        f"base: {CONFIGS / 'tokenizers' / 'rvq.yaml'}\nmax_steps: 7\noptions: {{autoencoder: {{codebook_size: 16}}}}"
+        f"base: {CONFIGS / 'tokenizers' / 'rvq8.yaml'}\nmax_steps: 7\noptions: {{autoencoder: {{codebook_size: 16}}}}"
     )
-    base, middle = parsed(CONFIGS / "tiny" / "tokenizer.yaml"), parsed(CONFIGS / "tokenizers" / "rvq.yaml")
+    base, middle = parsed(CONFIGS / "tiny" / "tokenizer.yaml"), parsed(CONFIGS / "tokenizers" / "rvq8.yaml")
     delta = parsed(tmp_path / "delta.yaml", "--seed", "3")
     assert delta.run == replace(base.run, output_dir=middle.run.output_dir, max_steps=7, seed=3)
     assert delta.options.autoencoder == replace(middle.options.autoencoder, codebook_size=16)

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from flowomni.encoder import CtcAuxiliary, SpeechEncoder
+from flowomni.encoder import CtcAuxiliary, SpeechEncoder, TextCtcAuxiliary
 from tests.tiny import ENCODER
 from training.batching import length_batches, spec_augment
 from training.stages.hearing import HearingBatch, HearingOptions, HearingStage
@@ -79,6 +79,37 @@ def test_reading_joins_repeats_and_drops_blanks(path: str, text: str) -> None:
         ctc.classify.bias.zero_()
     classes = [0 if byte == ord("-") else byte + 1 for byte in path.encode()]
     assert ctc.read(F.one_hot(torch.tensor(classes), ctc.num_classes).float()) == text
+
+
+def test_text_tokens_are_scored_by_their_embeddings() -> None:
+    torch.manual_seed(0)
+    ctc, table_VH = TextCtcAuxiliary(8), torch.randn(5, 8, requires_grad=True)
+    heard_BPH, lengths, text_BU = torch.randn(3, 9, 8), [9, 4, 6], torch.tensor([[2, 2, 4], [-1, -1, -1], [0, 3, -1]])
+    loss = ctc(heard_BPH, torch.tensor(lengths), table_VH, text_BU)
+    wanted = torch.zeros(())
+    for row, length, ids in zip(heard_BPH, lengths, text_BU, strict=True):
+        ids = ids[ids >= 0]
+        if len(ids):
+            unit_VH = table_VH / table_VH.norm(dim=1, keepdim=True)
+            log_probs_PV = torch.cat([ctc.blank(row), row @ unit_VH.T], dim=1)[:length].log_softmax(-1)
+            ends = torch.tensor(length), torch.tensor(len(ids))
+            wanted = wanted + F.ctc_loss(log_probs_PV, ids + 1, *ends, reduction="sum") / len(ids)
+    torch.testing.assert_close(loss.sum, wanted)
+    assert int(loss.count) == 2
+    loss.sum.backward()
+    assert table_VH.grad is None  # the ears come to the words, not the words to the ears
+
+
+def test_training_brings_what_is_heard_to_the_words() -> None:
+    torch.manual_seed(0)
+    ctc, table_VH, text_BU = TextCtcAuxiliary(8), torch.randn(6, 8), torch.tensor([[1, 5, 5, 2]])
+    heard_BPH = torch.randn(1, 12, 8).requires_grad_()
+    optimizer = torch.optim.Adam([heard_BPH, *ctc.parameters()], lr=0.1)
+    for _ in range(60):
+        optimizer.zero_grad()
+        ctc(heard_BPH, torch.tensor([12]), table_VH, text_BU).sum.backward()
+        optimizer.step()
+    assert ctc.read(heard_BPH[0], table_VH) == [1, 5, 5, 2]
 
 
 # --------------------------------------------------------------------------------------------------------------- save

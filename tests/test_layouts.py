@@ -107,7 +107,7 @@ def test_a_text_answer_has_no_speech_stream() -> None:
     part = answer_part(example)
     assert part["text_loss_BL"] == [True] * 3
     assert set(part["state_BL"]) == {NONE} and not example.state_loss_BL.any()
-    assert example.counts() == {"text": 3.0, "state": 0.0, "speech": 0.0, "ctc": 0.0}
+    assert example.counts() == {"text": 3.0, "state": 0.0, "speech": 0.0, "ctc": 0.0, "text_ctc": 0.0}
 
 
 # ------------------------------------------------------------------------------------------------------- the prompt
@@ -135,6 +135,7 @@ def test_heard_positions_stand_where_the_words_would(num_frames: int) -> None:
     assert words(made, prompt) == f"<|user|> {heard} <|end|> <|assistant|>"
     assert prompt.features_BCF.shape == (1, MELS, num_frames) and prompt.feature_lengths_B.tolist() == [num_frames]
     assert prompt.ctc_BT.tolist() == [list(b"what is")]
+    assert prompt.heard_text_BU.tolist() == [made.text_tokenizer.encode("what is", add_special_tokens=False)]
     assert prompt.counts()["ctc"] == 1.0
 
 
@@ -158,7 +159,7 @@ def test_history_holds_several_turns_and_clips() -> None:
     assert example.features_BCF.shape == (2, MELS, 16) and example.feature_lengths_B.tolist() == [16, 9]
     assert torch.equal(example.features_BCF[1, :, :9], features(9))
     assert torch.equal(example.speech_BLX[example.generating_BL], torch.cat([speech(2), speech(1, first=100.0)]))
-    assert example.counts() == {"text": 2.0, "state": 2.0, "speech": 1.0, "ctc": 1.0}
+    assert example.counts() == {"text": 2.0, "state": 2.0, "speech": 1.0, "ctc": 1.0, "text_ctc": 1.0}
 
 
 def test_without_a_chat_template_the_plain_one_serves() -> None:

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from vocos.modules import ConvNeXtBlock
 
 from ..strict import check_keys, strict
-from .base import SpeechTokenizer, TokenSpec
+from .base import SpeechTokenizer, TokenSpec, latent_statistics
 from .bottlenecks import BOTTLENECKS, Bottleneck, BottleneckOutput, Quantiser, check_codes
 from .causal import causal_stack, init_pasts
 from .mel import MelConfig, MelFront
@@ -381,19 +381,11 @@ class MelTokenizer(SpeechTokenizer):
 
     # statistics
 
-    @torch.no_grad()
     def fit_latent_statistics(self, latents_LD: Iterable[Tensor]) -> None:
         """Set mean and deviation per dimension from what `encode_mel` gives, (L, D) each. Codes make no use of them."""
-        dim = self.autoencoder_config.latent_dim
-        count, total_D, square_D = 0, torch.zeros(dim).double(), torch.zeros(dim).double()
-        for latent_LD in latents_LD:
-            count += latent_LD.shape[0]
-            total_D += latent_LD.double().cpu().sum(0)
-            square_D += latent_LD.double().cpu().square().sum(0)
-        assert count > 1
-        mean_D = total_D / count
+        mean_D, std_D = latent_statistics(latents_LD)
         self.latent_mean_D.copy_(mean_D)
-        self.latent_std_D.copy_((square_D / count - mean_D.square()).clamp(min=1e-8).sqrt())
+        self.latent_std_D.copy_(std_D)
 
 
 AutoConfig.register(MelTokenizerConfig.model_type, MelTokenizerConfig, exist_ok=True)

@@ -6,6 +6,7 @@ Shapes: B batch, S samples, L speech tokens, D latent dimension, K codebooks, X 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,3 +115,14 @@ class SpeechTokenizer(PreTrainedModel):
     def flush(self, state: Any) -> Tensor:
         """The samples still owed after the last token."""
         raise NotImplementedError
+
+
+@torch.no_grad()
+def latent_statistics(latents_LD: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation per dimension [D], float64, of latents (L, D) each; at least two in all."""
+    stacked = [(len(x_LD), x_LD.double().cpu().sum(0), x_LD.double().cpu().square().sum(0)) for x_LD in latents_LD]
+    counts, totals, squares = zip(*stacked, strict=True)
+    count = sum(counts)
+    assert count > 1
+    mean_D = torch.stack(totals).sum(0) / count
+    return mean_D, (torch.stack(squares).sum(0) / count - mean_D.square()).clamp(min=1e-8).sqrt()

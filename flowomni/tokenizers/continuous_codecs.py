@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
-from .base import TokenSpec
+from .base import TokenSpec, latent_statistics
 from .codec_layers import CONTINUOUS
 from .codecs import WrappedCodec, WrappedCodecConfig
 
@@ -86,18 +86,11 @@ class LatentCodecTokenizer(WrappedCodec):
             return self.codec.latent_proj(raw_BCL)
         return raw_BCL
 
-    @torch.no_grad()
     def fit_latent_statistics(self, latents_LD: Iterable[Tensor]) -> None:
         """Set mean and deviation per dimension from `raw_latents`, (L, D) each."""
-        count, total_D, square_D = 0, torch.zeros(self.spec.dim).double(), torch.zeros(self.spec.dim).double()
-        for latent_LD in latents_LD:
-            count += latent_LD.shape[0]
-            total_D += latent_LD.double().cpu().sum(0)
-            square_D += latent_LD.double().cpu().square().sum(0)
-        assert count > 1
-        mean_D = total_D / count
+        mean_D, std_D = latent_statistics(latents_LD)
         self.latent_mean_D.copy_(mean_D)
-        self.latent_std_D.copy_((square_D / count - mean_D.square()).clamp(min=1e-8).sqrt())
+        self.latent_std_D.copy_(std_D)
 
 
 AutoConfig.register(LatentCodecConfig.model_type, LatentCodecConfig, exist_ok=True)

@@ -1,0 +1,36 @@
+"""What command-line programs share: an error is one line, and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (see --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def exit_status(command: Callable[[], int | None], stopped: str = "stopped") -> int:
+    """Run `command`: its exit status (None is 0), 2 after a ValueError or OSError, 130 after Ctrl-C.
+
+    Args:
+        stopped: what to say after Ctrl-C.
+    """
+    try:
+        return command() or 0
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of the output has left, as `| head` does: nobody is there to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
