@@ -7,6 +7,7 @@ F Whisper mel frames, T encoder frames, E encoder width, P heard positions, N fl
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,16 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaModel, PreTrainedModel
 
 from .configuration import FlowOmniConfig, LossConfig, OutputBlocksConfig
-from .encoder import CtcAuxiliary, Projector, SpeechEncoder
-from .heads import build_head
+from .encoder import CtcAuxiliary, Projector, SpeechEncoder, TextCtcAuxiliary
+from .heads import HeadLoss, build_head
 from .heads.state import SpeechStateHead
 from .losses import Loss
 from .streams import NONE, Streams
 from .strict import strict
 from .tokenizers.base import SpeechTokenizer
+
+# (streams as they were read, hidden_NH, target_NX, row_N, generator) -> what is taught to the head
+HeadLossOf = Callable[[Streams, Tensor, Tensor, Tensor, torch.Generator | None], HeadLoss]
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,8 @@ class FlowOmniModel(PreTrainedModel):
             self.projector = Projector(config.encoder.d_model, hidden, config.encoder_stack)
             if self.loss_config.ctc_weight > 0:
                 self.ctc = CtcAuxiliary(config.encoder.d_model)
+            if self.loss_config.text_ctc_weight > 0:
+                self.text_ctc = TextCtcAuxiliary(hidden)
         blocks = strict(OutputBlocksConfig, config.output_blocks, "output_blocks")
         self.output_blocks = OutputBlocks(blocks, hidden) if blocks.num_layers > 0 else None
         self.state_embedding = nn.Embedding(4, hidden)
@@ -117,17 +123,13 @@ class FlowOmniModel(PreTrainedModel):
 
     def hear(self, features_BCF: Tensor, lengths_B: Tensor) -> Tensor:
         """Whisper log-mel [B, C, F] of clips -> the heard positions of all clips in order [N, H]."""
-        return self._project(*self._encode(features_BCF, lengths_B))
+        hidden_BTE, lengths_B = self._encode(features_BCF, lengths_B)
+        return _in_order(*self.projector(hidden_BTE, lengths_B))
 
     def _encode(self, features_BCF: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         if self.config.encoder is None:
             raise ValueError("this model has no speech encoder (config.encoder is None): it cannot hear audio")
         return self.encoder(features_BCF, lengths_B)
-
-    def _project(self, hidden_BTE: Tensor, lengths_B: Tensor) -> Tensor:
-        heard_BPH, lengths_B = self.projector(hidden_BTE, lengths_B)
-        real_BP = torch.arange(heard_BPH.shape[1], device=lengths_B.device) < lengths_B.unsqueeze(1)
-        return heard_BPH[real_BP]
 
     def embed(self, streams: Streams, heard_NH: Tensor | None = None) -> Tensor:
         """Sum of the embeddings of all streams at each position: [B, L, H].
@@ -153,12 +155,15 @@ class FlowOmniModel(PreTrainedModel):
             x_BLH = x_BLH.index_put(streams.heard_BL.nonzero(as_tuple=True), heard_NH.to(x_BLH.dtype), accumulate=True)
         return x_BLH
 
-    def forward(self, streams: Streams, generator: torch.Generator | None = None) -> dict[str, Loss]:
-        """The loss of each part ("text", "state", "speech", "ctc") as sum and count, plus the head's own parts.
+    def forward(
+        self, streams: Streams, generator: torch.Generator | None = None, head_loss: HeadLossOf | None = None
+    ) -> dict[str, Loss]:
+        """The loss of each part as sum and count: "text", "state", "speech", "ctc", "text_ctc", and the head's own.
 
         Args:
             streams: a batch with targets marked by its `*_loss` masks.
             generator: randomness of the head (times, noise, condition dropout) and of the perturbed feedback.
+            head_loss: taken instead of the head's own loss, with what that would get and the perturbed streams.
         """
         losses: dict[str, Loss] = {}
         heard_NH = None
@@ -170,28 +175,48 @@ class FlowOmniModel(PreTrainedModel):
             hidden_BTE, lengths_B = self._encode(streams.features_BCF, streams.feature_lengths_B)
             if self.loss_config.ctc_weight > 0 and streams.ctc_BT is not None:
                 losses["ctc"] = self.ctc(hidden_BTE, lengths_B, streams.ctc_BT)
-            heard_NH = self._project(hidden_BTE, lengths_B)[: 0 if silent else None]
+            heard_BPH, lengths_B = self.projector(hidden_BTE, lengths_B)
+            if self.loss_config.text_ctc_weight > 0 and streams.heard_text_BU is not None:
+                table_VH = self.get_input_embeddings().weight
+                losses["text_ctc"] = self.text_ctc(heard_BPH, lengths_B, table_VH, streams.heard_text_BU)
+            heard_NH = _in_order(heard_BPH, lengths_B)[: 0 if silent else None]
         targets_BLX = streams.speech_BLX
         if self.training:
             streams, targets_BLX = self._perturb(streams, generator)
-        position_BL = (streams.mask_BL.cumsum(1) - 1).clamp(min=0)
-        mask_BL = None if bool(streams.mask_BL.all()) else streams.mask_BL
-        hidden_BLH = self.llm.base_model(
+        hidden_BLH = self._read(streams, heard_NH)
+        losses |= self._text_loss(hidden_BLH, streams)
+        return losses | self._speech_losses(hidden_BLH, streams, targets_BLX, generator, head_loss)
+
+    def conditions(self, streams: Streams) -> Tensor:
+        """The hidden states [N, H] that speech tokens are taught or drawn from, one per True in `speech_loss_BL`."""
+        heard_NH = None
+        if streams.features_BCF is not None:
+            assert streams.feature_lengths_B is not None
+            heard_NH = self.hear(streams.features_BCF, streams.feature_lengths_B)
+        speech_BLH = self._speak(self._read(streams, heard_NH), streams)
+        return speech_BLH[:, :-1][streams.speech_loss_BL[:, 1:]]
+
+    def _read(self, streams: Streams, heard_NH: Tensor | None) -> Tensor:
+        """The LLM's hidden states [B, L, H]."""
+        mask_BL, position_BL = _places(streams)
+        return self.llm.base_model(
             inputs_embeds=self.embed(streams, heard_NH),
             attention_mask=mask_BL,
             position_ids=position_BL,
             use_cache=False,
         ).last_hidden_state
-        losses |= self._text_loss(hidden_BLH, streams)
-        return losses | self._speech_losses(hidden_BLH, streams, targets_BLX, mask_BL, position_BL, generator)
+
+    def _speak(self, hidden_BLH: Tensor, streams: Streams) -> Tensor:
+        """[B, L, H] -> what conditions the speech outputs [B, L, H]."""
+        return hidden_BLH if self.output_blocks is None else self.output_blocks(hidden_BLH, *_places(streams), None)
 
     def _with_silence(self, streams: Streams) -> Streams:
-        """A short clip that nothing hears; its letters are none."""
+        """A short clip that nothing hears; it says nothing."""
         device, num_frames = streams.text_BL.device, 4 * self.config.encoder_stack
         fields = {**streams.__dict__}
         fields["features_BCF"] = torch.zeros(1, self.config.encoder.num_mel_bins, num_frames, device=device)
         fields["feature_lengths_B"] = torch.tensor([num_frames], device=device)
-        fields["ctc_BT"] = torch.full((1, 1), NONE, device=device)
+        fields["ctc_BT"] = fields["heard_text_BU"] = torch.full((1, 1), NONE, device=device)
         return Streams(**fields)
 
     def _perturb(self, streams: Streams, generator: torch.Generator | None) -> tuple[Streams, Tensor]:
@@ -213,20 +238,18 @@ class FlowOmniModel(PreTrainedModel):
         hidden_BLH: Tensor,
         streams: Streams,
         targets_BLX: Tensor,
-        mask_BL: Tensor | None,
-        position_BL: Tensor,
         generator: torch.Generator | None,
+        head_loss: HeadLossOf | None,
     ) -> dict[str, Loss]:
         state_BL = streams.state_target_BL[:, 1:]
         if not self.uniform and not bool(state_BL.any()):
             return {}
-        speech_BLH = hidden_BLH
-        if self.output_blocks is not None:
-            speech_BLH = self.output_blocks(hidden_BLH, mask_BL, position_BL, None)
+        speech_BLH = self._speak(hidden_BLH, streams)
         losses = {"state": self.state_head.loss(speech_BLH[:, :-1][state_BL], streams.state_BL[:, 1:][state_BL])}
         token_BL = streams.speech_loss_BL[:, 1:]
         row_N = token_BL.nonzero()[:, 0]
-        head = self.head.loss(speech_BLH[:, :-1][token_BL], targets_BLX[:, 1:][token_BL], row_N, generator)
+        taught = speech_BLH[:, :-1][token_BL], targets_BLX[:, 1:][token_BL], row_N, generator
+        head = self.head.loss(*taught) if head_loss is None else head_loss(streams, *taught)
         losses["speech"] = Loss(head.sum, head.count)
         return losses | {f"speech/{name}": Loss(*part) for name, part in head.parts.items()}
 
@@ -284,6 +307,17 @@ class FlowOmniModel(PreTrainedModel):
         rows_B = torch.arange(len(last_B), device=last_B.device)
         new = ModelState(llm_cache, blocks_cache, all_BL, state.num_seen_B + count_B)
         return hidden_BLH[rows_B, last_B], speech_BLH[rows_B, last_B], new
+
+
+def _in_order(heard_BPH: Tensor, lengths_B: Tensor) -> Tensor:
+    """The heard positions of all clips in order [N, H], without padding."""
+    return heard_BPH[torch.arange(heard_BPH.shape[1], device=lengths_B.device) < lengths_B.unsqueeze(1)]
+
+
+def _places(streams: Streams) -> tuple[Tensor | None, Tensor]:
+    """The attention mask [B, L], None where nothing is padding, and the position ids [B, L]."""
+    mask_BL = streams.mask_BL
+    return None if bool(mask_BL.all()) else mask_BL, (mask_BL.cumsum(1) - 1).clamp(min=0)
 
 
 def _fork(cache: DynamicCache) -> DynamicCache:

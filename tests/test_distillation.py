@@ -43,8 +43,10 @@ from training.distillation import (
     Unusable,
     cosine_by_dimension,
     cosine_by_step,
+    given_times,
     prepare_targets,
 )
+from training.manifest import Word
 
 needs_flite = pytest.mark.skipif(shutil.which("flite") is None, reason="needs sudo apt-get install flite")
 needs_minilm = pytest.mark.skipif(
@@ -371,6 +373,18 @@ def test_another_transcript_is_not_aligned(aligner: Aligner, tmp_path: Path) -> 
         aligner.align(wav_S, 16_000, "you said zero nine seven two")
 
 
+def test_a_manifests_words_are_found_in_the_text() -> None:
+    text = "On, on -- it's No 42!"
+    words = [Word("on", 0.1, 0.3), Word("ON,", 0.25, 0.5), Word("-", 0.5, 0.6), Word("it's", 0.6, 0.6)]
+    found = given_times(text, [*words, Word("42", 0.9, 1.3)])
+    assert [text[word.first_char : word.end_char] for word in found] == ["On", "on", "42"]
+    assert [(word.start_sec, word.end_sec) for word in found] == [(0.1, 0.25), (0.25, 0.5), (0.9, 1.3)]
+    with pytest.raises(Unusable, match="word 't' at 0.5 s is not in the text there"):
+        given_times(text, [Word("on", 0.1, 0.3), Word("t", 0.5, 0.7)])
+    with pytest.raises(Unusable, match="have no length"):
+        given_times(text, [Word("on", 0.1, 0.1)])
+
+
 # --- teachers -------------------------------------------------------------------------------------------------------
 
 
@@ -500,6 +514,22 @@ def test_targets_stand_where_the_words_are(corpus: Path, teachers: dict[str, str
         torch.randn(2, num_tokens, 5), batch
     )
     assert all(float(loss.count) == 2 for loss in losses.values())
+
+
+def test_word_times_of_the_manifest_are_taken_as_they_are(teachers: dict[str, str], tmp_path: Path) -> None:
+    """Over a hum in which nothing can be aligned; other times are other targets, not the cache's."""
+    soundfile.write(tmp_path / "a.flac", 0.1 * np.sin(np.arange(32_000) / 9), 16_000)
+    text, spans = "Seven, winter", [(0, 5), (7, 13)]
+    vector_WT = TextTeacher(teachers["text_teacher"]).words(text, spans)
+    for later_sec in (0.0, 0.5):
+        words = [["seven", 0.2 + later_sec, 0.6 + later_sec], ["winter", 0.9 + later_sec, 1.3 + later_sec]]
+        turn = {"role": "assistant", "text": text, "audio": "a.flac", "duration_sec": 2.0, "words": words}
+        (tmp_path / "manifest.jsonl").write_text(json.dumps({"id": "0", "turns": [turn]}))
+        targets = prepare(tmp_path, teachers, speech_teacher="").batch(["a.flac"], [0.0], 24)["text"]
+        for (_, start_sec, end_sec), vector_T in zip(words, vector_WT, strict=True):
+            token = int((start_sec + end_sec) / 2 / TOKEN_SEC)
+            assert targets.mask_BL[0, token]
+            torch.testing.assert_close(targets.target_BLT[0, token], vector_T, atol=2e-3, rtol=2e-3)
 
 
 @needs_flite

@@ -60,7 +60,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> SpeechOptions:
         head={"kind": "flow", "width": 32, "num_blocks": 1, "feedback_noise": 0.3},
         output_blocks={"num_layers": 1, "num_heads": 2},
         layout={"instructions": INSTRUCTIONS, "max_answer_tokens": 12},
-        loss={"ctc_weight": 0.5},
+        loss={"ctc_weight": 0.5, "text_ctc_weight": 0.5},
     )
     tasks = {"speech_to_text": 0.5, "text_to_speech": 0.5}
     return SpeechOptions(manifest=str(folder), parts=parts, tasks=tasks, batch_size=1, num_eval=0)

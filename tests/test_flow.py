@@ -187,6 +187,26 @@ def test_self_distillation_target_carries_no_gradient(generator: torch.Generator
     torch.testing.assert_close(phi.grad, (2 * gap_N1 * (2 * t_N1 - s_N1)).sum())
 
 
+def test_distillation_is_least_at_the_teacher_and_its_flow_map(generator: torch.Generator) -> None:
+    """Of a teacher that leads elsewhere than the data; it gets no gradient."""
+    data_ND, noise_ND, t_N1 = normal(generator) + 7, normal(generator), uniform(generator)
+    scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+
+    def teacher(x_ND: Tensor, s_N1: Tensor, t_N1: Tensor) -> Tensor:
+        return scale * exact_velocity(x_ND, s_N1, t_N1)
+
+    loss_N = flow.velocity_distillation_loss(exact_velocity, teacher, data_ND, noise_ND, t_N1)
+    assert loss_N.max() == 0 and not loss_N.requires_grad
+    assert flow.flow_matching_loss(exact_velocity, data_ND, noise_ND, t_N1).mean() > 1
+    shifted_N = flow.velocity_distillation_loss(lambda *at: teacher(*at) + 0.5, teacher, data_ND, noise_ND, t_N1)
+    torch.testing.assert_close(shifted_N.detach(), torch.full((N,), 0.25, dtype=torch.float64))
+
+    s_N1, t_N1 = (time.double() for time in flow.sample_time_pairs(N, generator=generator))
+    points = data_ND, noise_ND, s_N1, t_N1
+    assert flow.self_distillation_loss(exact_velocity, *points, teacher).max() < 1e-20
+    assert flow.self_distillation_loss(exact_velocity, *points, lambda *at: -teacher(*at)).mean() > 1
+
+
 def test_guidance(generator: torch.Generator) -> None:
     x_ND, t_N1 = normal(generator), uniform(generator)
 

@@ -296,6 +296,12 @@ def test_config_is_strict(case: Case) -> None:
         ({"distill_fraction": 0.0}, "distill_fraction is 0.0.*'cfm'"),
         ({"feedback_noise": -1.0}, "feedback_noise is -1.0"),
         ({"kind": "codes"}, "kind is 'codes'"),
+        ({"built_in_guidance": 0.5}, "built_in_guidance is 0.5"),
+        ({"built_in_guidance": 2.0}, "condition_dropout is 0.1 but built_in_guidance is 2.0"),
+        (
+            {"built_in_guidance": 2.0, "condition_dropout": 0.0, "sampling": {"guidance": 1.5}},
+            "sampling.guidance is 1.5 but built_in_guidance is 2.0",
+        ),
     ],
 )
 def test_bad_flow_config_values_are_named(values: dict[str, Any], message: str) -> None:
@@ -314,6 +320,9 @@ def test_what_a_flow_head_was_not_trained_for_is_refused() -> None:
         flow_head(objective="cfm").sample(hidden(1), FlowSampling(solver="map"), seeded(0))
     with pytest.raises(ValueError, match="guidance is 2.0 but head.condition_dropout is 0"):
         flow_head(condition_dropout=0.0).sample(hidden(1), FlowSampling(guidance=2.0), seeded(0))
+    with pytest.raises(ValueError, match="guidance is 2.0 but head.built_in_guidance is 3.0: one pass is guided"):
+        guided = flow_head(condition_dropout=0.0, built_in_guidance=3.0)
+        guided.sample(hidden(1), FlowSampling(guidance=2.0), seeded(0))
 
 
 def test_default_sampling_follows_the_objective() -> None:
@@ -432,6 +441,42 @@ def test_gradient_of_self_distillation_is_right_through_the_network() -> None:
                 values.append(loss().item())
                 weight[i, j] -= sign * step
         assert gradient[i, j].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5)
+
+
+def test_a_teacher_that_knows_the_data_teaches_what_the_data_does() -> None:
+    """Its velocity is asked for at the points of the ordinary loss, each for its own position."""
+    head, target_ND = flow_head(objective="cfm", num_draws=3, condition_dropout=0.0), torch.randn(N, DIM)
+
+    def teacher(index_R: Tensor) -> flow.Velocity:
+        return lambda x_RD, s_R1, t_R1: (target_ND[index_R] - x_RD) / (1 - t_R1)
+
+    plain = head.loss(hidden(N), target_ND, ROWS, seeded(0))
+    taught = head.loss(hidden(N), target_ND, ROWS, seeded(0), teacher)
+    torch.testing.assert_close(taught.sum, plain.sum)
+    assert taught.count == N
+    guidance, count = taught.parts.pop("guidance")
+    torch.testing.assert_close((guidance / 3, count), (plain.sum.detach(), torch.tensor(3.0 * N)))
+    torch.testing.assert_close(taught.parts, plain.parts)
+
+
+@pytest.mark.parametrize("objective", ["cfm", "lsd"])
+def test_a_head_that_gives_the_guided_velocity_has_nothing_to_learn(objective: str) -> None:
+    """Where the condition only shifts the last layer, guidance is a condition of its own: null + scale (c - null)."""
+    teacher, scale = flow_head(objective=objective, num_draws=8), 2.5
+    student = flow_head(objective=objective, num_draws=8, condition_dropout=0.0, built_in_guidance=scale)
+    with torch.no_grad():
+        modulation = teacher.conditioner.modulation
+        modulation.weight[: -2 * 16] = 0.0  # all but the last shift and scale
+        modulation.weight[-16:] = 0.0
+        student.load_state_dict(teacher.state_dict())
+        student.conditioner.modulation.weight *= scale
+        student.conditioner.modulation.bias[:] = scale * modulation.bias + (1 - scale) * teacher.conditioner.null()[0]
+    target_ND = torch.randn(N, DIM)
+    for taught, least, most in ((student, 0.0, 1e-9), (teacher, 0.01, 100.0)):
+        found = taught.eval().loss(hidden(N), target_ND, ROWS, seeded(0), teacher.guided(hidden(N), scale))
+        guidance, count = found.parts["guidance"]
+        assert least <= guidance / count <= most
+        assert objective == "lsd" or found.sum * 8 == guidance
 
 
 def draw_mixture(side_N1: Tensor, generator: torch.Generator) -> Tensor:

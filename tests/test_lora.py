@@ -118,7 +118,7 @@ def test_one_part_may_differ_from_another() -> None:
     assert kinds.pop("llm") == {"lora", "frozen"}
     for part in ("encoder", "output_blocks", "speech_tokenizer"):
         assert kinds.pop(part) == {"frozen"}
-    assert set(kinds) == {"projector", "ctc", "head", "state_head", "state_embedding"}
+    assert set(kinds) == {"projector", "ctc", "text_ctc", "head", "state_head", "state_embedding"}
     assert all(kind == {"full"} for kind in kinds.values())
 
 

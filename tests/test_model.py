@@ -230,7 +230,7 @@ def test_losses_of_a_padded_batch_are_the_sums_of_its_rows(tiny64: Tiny, monkeyp
         alone = [model(row) for row in rows]
         for batch in (collate(rows), collate(rows, length=64)):
             together = model(batch)
-            assert set(together) == {"text", "state", "speech", "ctc"}
+            assert set(together) == {"text", "state", "speech", "ctc", "text_ctc"}
             for part, loss in together.items():
                 wanted = sum(losses[part].sum for losses in alone if part in losses)
                 torch.testing.assert_close(loss.sum.double(), wanted.double(), rtol=1e-6, atol=0)

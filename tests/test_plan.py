@@ -67,7 +67,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> PartsOptions:
         encoder=ENCODER,
         head={"kind": "flow", "width": 32, "num_blocks": 1},
         output_blocks={"num_layers": 1, "num_heads": 2},
-        loss={"ctc_weight": 0.5},
+        loss={"ctc_weight": 0.5, "text_ctc_weight": 0.5},
     )
 
 
@@ -91,6 +91,7 @@ def test_plan_is_the_stage_that_trains(
         "encoder": counts(model.encoder),
         "projector": counts(model.projector),
         "ctc": counts(model.ctc),
+        "text ctc": counts(model.text_ctc),
         "llm": counts(model.llm),
         "output blocks": counts(model.output_blocks),
         "state embedding": counts(model.state_embedding),
@@ -203,7 +204,7 @@ def test_activations_are_near_what_autograd_keeps(trains: bool, attention: str) 
         return sum(storages.values())
 
     measured = (kept(8) - kept(4)) / (4 * length)
-    assert activations(model, 1, 2, length if attention == "eager" else 0) == pytest.approx(measured, rel=0.3)
+    assert activations(model, 1, 2, length if attention == "eager" else 0) == pytest.approx(measured, rel=0.1)
 
 
 def stage_file(folder: Path, name: str, output_dir: str, **options: Any) -> Path:

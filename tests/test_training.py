@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flowomni.api import FlowOmni, Question
-from flowomni.build import load_model
+from flowomni.build import load_model, save_model
 from flowomni.layouts import Turn
 from flowomni.streams import Streams, collate
-from tests.tiny import ENCODER, INSTRUCTIONS, save_tiny_parts, tiny_model
+from tests.launched import PowerCut, cut_off
+from tests.tiny import ENCODER, INSTRUCTIONS, LLM, save_tiny_parts, tiny_model
 from training.checkpoint import Checkpoints
 from training.ema import Ema
 from training.stages.base import Stage
@@ -30,14 +31,6 @@ from training.stages.text import TextOptions, TextStage
 from training.train import RunOptions, checkpoint_layers, learning_rate_factor, optimize, parameter_groups, train
 
 ANSWERS = ("one", "two", "three", "four", "five", "hello")
-LLM = {
-    "model_type": "qwen2",
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
 
 
 def text_options(**changes: Any) -> TextOptions:
@@ -71,7 +64,7 @@ def speech_options(tmp_path_factory: pytest.TempPathFactory) -> SpeechOptions:
         head={"kind": "flow", "width": 32, "num_blocks": 1, "feedback_noise": 0.3},
         output_blocks={"num_layers": 1, "num_heads": 2},
         layout={"instructions": INSTRUCTIONS, "max_answer_tokens": 12},
-        loss={"ctc_weight": 0.5},
+        loss={"ctc_weight": 0.5, "text_ctc_weight": 0.5},
     )
     tasks = {"speech_to_speech": 0.4, "speech_to_text": 0.2, "text_to_speech": 0.2, "speak": 0.1, "transcribe": 0.1}
     return SpeechOptions(manifest=str(folder), parts=parts, tasks=tasks, batch_size=1, num_eval=0)
@@ -218,23 +211,44 @@ def test_an_epoch_holds_every_conversation_once(speech_options: SpeechOptions) -
         assert sorted(said) == sorted(ANSWERS)
 
 
+def in_families(options: SpeechOptions, shares: dict[str, float]) -> SpeechOptions:
+    """The first conversation is of family "rare", the others of "common"."""
+    manifest = Path(options.manifest) / "manifest.jsonl"
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for index, line in enumerate(lines):
+        line["family"] = "common" if index else "rare"
+    manifest.write_text("\n".join(json.dumps(line) for line in lines))
+    return dataclasses.replace(options, families=shares, tasks={"text_to_text": 1.0}, batch_size=2)
+
+
+def test_families_take_their_shares(speech_options: SpeechOptions) -> None:
+    stage = SpeechStage(in_families(speech_options, {"rare": 1.0, "common": 1.0}), 0)
+    for epoch in range(2):
+        names = [name for index in range(3) for name in stage.names(3 * epoch + index, 0, 1)]
+        assert names.count("0") == 3
+        assert len(set(names)) == 4, "the others are drawn without repeating one before all had their turn"
+
+
+def test_bad_families(speech_options: SpeechOptions) -> None:
+    with pytest.raises(ValueError, match=r"options.families has \['rara'\]; .* trains on common, rare"):
+        SpeechStage(in_families(speech_options, {"rara": 1.0}), 0)
+    with pytest.raises(ValueError, match="shares are not negative"):
+        dataclasses.replace(speech_options, families={"rare": 0.0})
+
+
+def test_a_loaded_model_gets_another_loss_and_keeps_its_weights(speech_options: SpeechOptions, tmp_path: Path) -> None:
+    parts = dataclasses.replace(speech_options.parts, loss={"ctc_weight": 0.5})  # type: ignore[type-var]
+    first = SpeechStage(dataclasses.replace(speech_options, parts=parts), 0)
+    first.save(tmp_path / "model")
+    loaded = dataclasses.replace(speech_options, parts=None, model=str(tmp_path / "model"))
+    second = SpeechStage(dataclasses.replace(loaded, loss={"ctc_weight": 0.0, "text_ctc_weight": 0.3}), 0)
+    old, new = first.model.state_dict(), second.model.state_dict()
+    assert {name.split(".")[0] for name in old.keys() ^ new.keys()} == {"ctc", "text_ctc"}
+    assert all(torch.equal(old[name], new[name]) for name in old.keys() & new.keys())
+    assert second.weights["text_ctc"] == 0.3
+
+
 # ---------------------------------------------------------------------------------------------------------- resuming
-
-
-class PowerCut(Exception):
-    pass
-
-
-def cut_off(stage_class: type[Stage], at: int) -> type[Stage]:
-    """The stage, dying when micro-batch `at` is asked for."""
-
-    class Dying(stage_class):  # type: ignore[misc, valid-type]
-        def batch(self, index: int, rank: int, world_size: int) -> Any:
-            if index >= at:
-                raise PowerCut
-            return super().batch(index, rank, world_size)
-
-    return Dying
 
 
 def check_resume(run: Callable[[str], RunOptions], options: Any, stage_class: type[Stage], cut_at: int) -> None:
@@ -269,6 +283,21 @@ def test_a_resumed_speech_run_is_the_run_that_never_stopped(
     check_resume(run, options, SpeechStage, cut_at=6)
     model, _ = load_model(tmp_path / "cut" / "final")  # adapters are merged: it is a plain model again
     assert not any("lora" in name for name in model.state_dict())
+
+
+def test_a_resumed_distillation_of_guidance_is_the_run_that_never_stopped(
+    speech_options: SpeechOptions, tmp_path: Path
+) -> None:
+    """The teacher is in no checkpoint: it is the model that the run starts from, read again."""
+    save_model(*tiny_model(head={"kind": "flow", "width": 32, "num_blocks": 1, "feedback_noise": 0.3}), tmp_path / "m")
+    options = dataclasses.replace(speech_options, parts=None, model=str(tmp_path / "m"), distill_guidance=2.0)
+
+    def run(name: str) -> RunOptions:
+        return run_options(tmp_path / name, stage="speech", max_steps=4, save_every=2, accumulation=2)
+
+    check_resume(run, options, SpeechStage, cut_at=6)
+    (weights,) = (tmp_path / "cut/checkpoints/step_00000004").glob("model*.safetensors")
+    assert all(name.startswith("student.") for name in load_file(weights))
 
 
 def test_another_configuration_does_not_go_on(tmp_path: Path) -> None:
@@ -392,7 +421,7 @@ def test_what_trains_is_what_was_asked_for(speech_options: SpeechOptions) -> Non
     frozen = TrainsOptions(llm="frozen", encoder="frozen", projector="full", voice="frozen")
     stage = SpeechStage(dataclasses.replace(speech_options, trains=frozen), 0)
     trained = {name.split(".")[0] for name, p in stage.module.named_parameters() if p.requires_grad}
-    assert trained == {"projector", "ctc"}
+    assert trained == {"projector", "ctc", "text_ctc"}
     nothing = dataclasses.replace(frozen, projector="frozen")
     stage = SpeechStage(dataclasses.replace(speech_options, trains=nothing), 0)
     with pytest.raises(ValueError, match="nothing is trainable"):

@@ -45,6 +45,14 @@ ENCODER = {
     "num_mel_bins": 80,
     "max_source_positions": 250,
 }
+LLM = {
+    "model_type": "qwen2",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 INSTRUCTIONS = {"answer": "", "transcribe": "transcribe", "speak": "speak"}
 
 
@@ -101,7 +109,7 @@ def tiny_model(seed: int = 0, **sections: Any) -> tuple[FlowOmniModel, FlowOmniP
         "head": {"kind": "flow", "width": 32, "num_blocks": 1},
         "output_blocks": {"num_layers": 1, "num_heads": 2},
         "layout": {"instructions": INSTRUCTIONS, "max_answer_tokens": 12},
-        "loss": {"ctc_weight": 0.5},
+        "loss": {"ctc_weight": 0.5, "text_ctc_weight": 0.5},
     }
     model, processor = assemble(**parts, **(values | sections))
     for parameter in model.head.parameters():

@@ -24,7 +24,7 @@ from flowomni.tokenizers import AutoencoderConfig, MelTokenizer, MelTokenizerCon
 from .config import parse, read_yaml
 from .stages import STAGES
 from .stages.hearing import HearingOptions, HearingTraining
-from .stages.speech import SpeechOptions, set_trainable
+from .stages.speech import SpeechOptions, section_changes, set_trainable
 from .stages.text import TextOptions, TextStage
 from .stages.tokenizer import TokenizerOptions, TokenizerTraining
 from .stages.vocoder import VocoderOptions, VocoderTraining
@@ -148,7 +148,9 @@ def _speech_config(options: SpeechOptions, sizes: Sizes) -> FlowOmniConfig:
         if not isinstance(config, FlowOmniConfig):
             raise ValueError(f"options.model: {options.model!r} holds a {config.model_type!r} model, not 'flowomni'")
         values = {k: v for k, v in config.to_dict().items() if k != "model_type"}
-        return FlowOmniConfig(**(values | {"head": {**config.head, **options.head}}))
+        changes = section_changes(config.head, options)
+        sections = {name: {**values[name], **changed} for name, changed in changes.items()}
+        return FlowOmniConfig(**(values | sections))
     encoder = parts.encoder
     if isinstance(encoder, str):
         encoder = sizes.of(encoder, "options.parts.encoder")

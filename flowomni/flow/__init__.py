@@ -13,6 +13,7 @@ from .path import (
     noise_from_velocity,
     self_distillation_loss,
     target_velocity,
+    velocity_distillation_loss,
 )
 from .solvers import (
     GRID_SOLVERS,
@@ -47,4 +48,5 @@ __all__ = [
     "solve_map",
     "solve_ode",
     "target_velocity",
+    "velocity_distillation_loss",
 ]

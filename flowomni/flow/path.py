@@ -1,4 +1,4 @@
-"""The straight path from noise to data, and the two losses that teach a velocity to follow it.
+"""The straight path from noise to data, and the losses that teach a velocity to follow it.
 
 Time runs t = 0 noise to t = 1 data, and velocity = data - noise. Every velocity here is a callable
 `velocity(x_ND, s_N1, t_N1) -> v_ND`: the AVERAGE velocity of the flow map `X_{s,t}(x) = x + (t - s) v(x, s, t)`, which
@@ -52,11 +52,32 @@ def flow_matching_loss(velocity: Velocity, data_ND: Tensor, noise_ND: Tensor, t_
     return (velocity(x_ND, t_N1, t_N1) - target_velocity(data_ND, noise_ND)).square().mean(dim=-1)
 
 
-def self_distillation_loss(velocity: Velocity, data_ND: Tensor, noise_ND: Tensor, s_N1: Tensor, t_N1: Tensor) -> Tensor:
+def velocity_distillation_loss(
+    velocity: Velocity, teacher: Velocity, data_ND: Tensor, noise_ND: Tensor, t_N1: Tensor
+) -> Tensor:
+    """Flow matching to a teacher, `loss_N = mean over D of |v(x_t, t, t) - sg(teacher(x_t, t, t))|^2`.
+
+    Zero exactly when the velocity is the teacher's, guided say (arXiv 2210.03142), wherever the path leads.
+    """
+    x_ND = interpolate(data_ND, noise_ND, t_N1)
+    with torch.no_grad():
+        target_ND = teacher(x_ND, t_N1, t_N1)
+    return (velocity(x_ND, t_N1, t_N1) - target_ND).square().mean(dim=-1)
+
+
+def self_distillation_loss(
+    velocity: Velocity,
+    data_ND: Tensor,
+    noise_ND: Tensor,
+    s_N1: Tensor,
+    t_N1: Tensor,
+    teacher: Velocity | None = None,
+) -> Tensor:
     """Lagrangian self-distillation, `loss_N = mean over D of |d/dt X_{s,t}(x_s) - sg(v(X_{s,t}(x_s), t, t))|^2`.
 
     Zero for every s <= t exactly when the jumps follow the ODE of the diagonal velocity, so that one jump from 0 to 1
     samples. Boffi et al., "How to build a consistency model" (arXiv 2505.18825); the target (sg) carries no gradient.
+    With a teacher the jumps follow the teacher's diagonal instead (Lagrangian map distillation, arXiv 2406.07507).
     The derivative is forward-mode, and the loss can be differentiated again by `backward`. Not every fused kernel is
     right there: https://github.com/pytorch/pytorch/issues/196700 (layer norm).
     """
@@ -67,5 +88,5 @@ def self_distillation_loss(velocity: Velocity, data_ND: Tensor, noise_ND: Tensor
     end_ND = x_ND + (t_N1 - s_N1) * jump_ND
     end_dt_ND = jump_ND + (t_N1 - s_N1) * jump_dt_ND
     with torch.no_grad():
-        target_ND = velocity(end_ND, t_N1, t_N1)
+        target_ND = (teacher or velocity)(end_ND, t_N1, t_N1)
     return (end_dt_ND - target_ND).square().mean(dim=-1)

@@ -56,6 +56,15 @@ class SpeechHead(nn.Module, ABC):
         """
         return torch.zeros(spec.empty_token().shape, dtype=torch.int64)
 
+    @classmethod
+    def with_guidance(cls, config: Any, scale: float) -> dict[str, Any]:
+        """What changes in the `config` of a trained head when guidance of that scale is distilled into it.
+
+        Raises:
+            ValueError: heads of this kind, or this one, have no guidance.
+        """
+        raise ValueError(f"head.kind is {config.kind!r}, and such heads have no guidance")
+
     @abstractmethod
     def embed(self, token_BL: Tensor) -> Tensor:
         """Speech tokens `[B, L, ..]` -> `[B, L, H]`, to be summed into the language model's input."""

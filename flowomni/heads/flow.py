@@ -32,17 +32,20 @@ from ..flow import (
     self_distillation_loss,
     solve_grid,
     solve_ode,
+    velocity_distillation_loss,
 )
 from ..strict import strict
 from ..tokenizers.base import TokenSpec
-from .base import Generators, HeadLoss, SpeechHead, draw_noise
-from .layers import Linear, layer_norm, noisy_latents
+from .base import Generators, HeadLoss, draw_noise
+from .latent import LatentHead
+from .layers import Linear, layer_norm
 
 OBJECTIVES = ("cfm", "lsd")
 NUM_TIME_BINS = 4
 NUM_TIME_FREQUENCIES = 32
 TIME_WIDTH = 64
 AnyVelocity = TypeVar("AnyVelocity", bound=Callable[..., Tensor])
+Teacher = Callable[[Tensor], Velocity]  # the velocity to teach at the positions with these indices
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class FlowSampling:
         temperature: the noise is scaled by its square root; 0 draws without noise, 1 as trained.
         num_steps: solver steps (no effect on dopri5, which adapts them).
         solver: one of `flowomni.flow.SOLVERS`; "map" needs a head trained with objective "lsd".
-        guidance: scale of classifier-free guidance; 1 is none, and saves the second pass.
+        guidance: scale of classifier-free guidance; 1 is none, and saves the second pass. A head with guidance built in
+            takes 1 alone.
     """
 
     temperature: float = 1.0
@@ -84,6 +88,9 @@ class FlowHeadConfig:
         time_sampling, time_mean, time_std: distribution of the flow times, see `flowomni.flow.sample_times`; the jumps
             that are distilled have their own, `flowomni.flow.sample_time_pairs`.
         condition_dropout: share of batch rows trained without their hidden state, for guidance.
+        built_in_guidance: scale of the guidance that this head gives in one pass, by itself, because it was distilled
+            into it (stage `speech`, `distill_guidance`); 1 is none. Such a head has no null condition to guide by.
+            Further training on data alone unlearns the guidance.
         distill_fraction: see objective.
         feedback_noise: largest std of the noise on the latents that are fed back in training (uniform per row).
         target_noise: std of the noise on the latents in training, as if sampled from a sigma-VAE of that width.
@@ -99,6 +106,7 @@ class FlowHeadConfig:
     time_mean: float = 0.0
     time_std: float = 1.0
     condition_dropout: float = 0.1
+    built_in_guidance: float = 1.0
     distill_fraction: float = 0.25
     feedback_noise: float = 0.0
     target_noise: float = 0.0
@@ -125,11 +133,38 @@ class FlowHeadConfig:
             raise ValueError(
                 f"distill_fraction is {self.distill_fraction}; it must be between 0 and 1 (for none, objective 'cfm')"
             )
-        strict(FlowSampling, self.sampling, "sampling")
+        sampling = strict(FlowSampling, self.sampling, "sampling")
+        if self.built_in_guidance != 1.0:
+            self._check_built_in(sampling)
         for name in ("feedback_noise", "target_noise"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name} is {value}; it must be a number of at least 0")
+
+    def _check_built_in(self, sampling: FlowSampling) -> None:
+        if not (self.built_in_guidance > 1 and math.isfinite(self.built_in_guidance)):
+            raise ValueError(f"built_in_guidance is {self.built_in_guidance}; it must be above 1, or 1 for none")
+        for name, value, wanted in (
+            ("condition_dropout", self.condition_dropout, 0),
+            ("sampling.guidance", sampling.guidance, 1),
+        ):
+            if value != wanted:
+                raise ValueError(
+                    f"{name} is {value} but built_in_guidance is {self.built_in_guidance}: a head with guidance built "
+                    f"in has no null condition; set {name} to {wanted}"
+                )
+
+    @property
+    def no_guidance_because(self) -> str:
+        """Why this head cannot be guided; empty if it can."""
+        if self.built_in_guidance != 1.0:
+            return (
+                f"head.built_in_guidance is {self.built_in_guidance}: one pass is guided already, and there is no null "
+                "condition to guide by any more"
+            )
+        if self.condition_dropout == 0:
+            return "head.condition_dropout is 0, so the head never learned to go without its condition"
+        return ""
 
 
 def _zeroed(layer: Linear) -> Linear:
@@ -217,47 +252,38 @@ class VelocityNet(nn.Module):
         return self.project_out(layer_norm(x_NW) * (1 + last_scale_NW) + last_shift_NW)
 
 
-class FlowHead(SpeechHead):
-    """Embed, teach and draw latents with flow matching.
-
-    Args:
-        config: size and objective.
-        spec: of the tokenizer; its kind must be "continuous".
-        hidden_size: width H of the hidden states.
-
-    Raises:
-        ValueError: naming both kinds, if the tokenizer's tokens are discrete.
-    """
+class FlowHead(LatentHead):
+    """Embed, teach and draw latents with flow matching; see `LatentHead` for the arguments."""
 
     Config = FlowHeadConfig
     Sampling = FlowSampling
-    token_kind = "continuous"
 
     def __init__(self, config: FlowHeadConfig, spec: TokenSpec, hidden_size: int):
-        super().__init__()
-        self.check_spec(config.kind, self.token_kind, spec)
-        self.config = config
+        super().__init__(config, spec, hidden_size)
         self.dim = spec.dim
-        self.embedding = nn.Sequential(Linear(spec.dim, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size))
         modulation_width = (3 * config.num_blocks + 2) * config.width
         self.conditioner = Conditioner(hidden_size, config.width, modulation_width)
         self.time_conditioner = TimeConditioner(modulation_width)
         self.net = VelocityNet(spec.dim, config.width, config.num_blocks)
 
-    def embed(self, token_BL: Tensor) -> Tensor:
-        """Latents `[B, L, D]` -> `[B, L, H]`."""
-        return self.embedding(token_BL)
-
-    def perturb(self, token_BL: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Training noise on latents `[B, L, D]`: what is fed back, and what is the target.
-
-        See `flowomni.heads.layers.noisy_latents`.
-        """
-        return noisy_latents(token_BL, self.config.target_noise, self.config.feedback_noise, generator)
+    @classmethod
+    def with_guidance(cls, config: FlowHeadConfig, scale: float) -> dict[str, Any]:
+        """No more null condition; the scale, and a default sampling without guidance, stand in the config."""
+        if config.no_guidance_because:
+            raise ValueError(config.no_guidance_because)
+        sampling = None if config.sampling is None else {**config.sampling, "guidance": 1.0}
+        return {"condition_dropout": 0.0, "built_in_guidance": scale, "sampling": sampling}
 
     def velocity(self, condition_NA: Tensor) -> Velocity:
         """The velocity `v(x_ND, s_N1, t_N1)` under a condition from the conditioner (N rows, or one for all)."""
         return lambda x_ND, s_N1, t_N1: self.net(x_ND, condition_NA + self.time_conditioner(s_N1, t_N1))
+
+    @torch.no_grad()
+    def guided(self, hidden_NH: Tensor, scale: float) -> Teacher:
+        """This head's velocity with guidance, given the hidden states of positions: what `loss` takes as a teacher."""
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            condition_NA, null = self.conditioner(hidden_NH.float()), self.velocity(self.conditioner.null())
+        return lambda index_R: guide(self.velocity(condition_NA[index_R]), null, scale)
 
     def default_sampling(self) -> FlowSampling:
         """The config's `sampling`; without it 16 Euler steps for "cfm", one jump of the flow map for "lsd"."""
@@ -265,7 +291,14 @@ class FlowHead(SpeechHead):
             return strict(FlowSampling, self.config.sampling, "head.sampling")
         return FlowSampling() if self.config.objective == "cfm" else FlowSampling(solver="map", num_steps=1)
 
-    def loss(self, hidden_NH: Tensor, target_N: Tensor, row_N: Tensor, generator: torch.Generator | None) -> HeadLoss:
+    def loss(
+        self,
+        hidden_NH: Tensor,
+        target_N: Tensor,
+        row_N: Tensor,
+        generator: torch.Generator | None,
+        teacher: Teacher | None = None,
+    ) -> HeadLoss:
         """Mean over D and over the draws, summed over positions; count = N.
 
         Args:
@@ -273,15 +306,17 @@ class FlowHead(SpeechHead):
             target_N: their latents `[N, D]`.
             row_N: int64, the batch row of each position; the condition is dropped for whole rows, in training mode.
             generator: of times, noise and dropped rows; None takes torch's global one.
+            teacher: the velocity to give instead of the data's, at the same points of the same paths; see `guided`.
 
         Returns:
             HeadLoss whose parts are the flow matching error per quarter of the flow time, `flow_t0.00` (nearest
             noise) to `flow_t0.75`, and for "lsd" the `distillation` error, each summed over draws with their number.
+            With a teacher, flow matching is to its velocity, and `guidance` is its error over all times.
         """
         generator = generator or torch.default_generator
         with torch.autocast(hidden_NH.device.type, enabled=False):
             condition_NA = self.conditioner(hidden_NH.float(), self._drop_rows(row_N, generator))
-            return self._draw_losses(condition_NA, target_N.float(), generator)
+            return self._draw_losses(condition_NA, target_N.float(), generator, teacher)
 
     def _drop_rows(self, row_N: Tensor, generator: torch.Generator) -> Tensor | None:
         if not self.training:
@@ -290,7 +325,9 @@ class FlowHead(SpeechHead):
         uniform = torch.rand(num_rows, generator=generator, device=generator.device).to(row_N.device)
         return (uniform < self.config.condition_dropout)[row_N]
 
-    def _draw_losses(self, condition_NA: Tensor, target_ND: Tensor, generator: torch.Generator) -> HeadLoss:
+    def _draw_losses(
+        self, condition_NA: Tensor, target_ND: Tensor, generator: torch.Generator, teacher: Teacher | None
+    ) -> HeadLoss:
         config, device, num_positions = self.config, target_ND.device, len(target_ND)
         num_rows = num_positions * config.num_draws
         num_distilled = round(num_rows * config.distill_fraction) if config.objective == "lsd" else 0
@@ -303,15 +340,22 @@ class FlowHead(SpeechHead):
         condition, distill_condition = condition_RA.split(sizes)
         target, distill_target = target_RD.split(sizes)
         noise, distill_noise = noise_RD.split(sizes)
+        index, distill_index = shuffled_N.repeat(config.num_draws).split(sizes)
 
         times = config.time_sampling, config.time_mean, config.time_std, generator, device
         t_R1 = sample_times(sizes[0], *times)
-        loss_R = flow_matching_loss(self.velocity(condition), target, noise, t_R1)
+        if teacher is None:
+            loss_R = flow_matching_loss(self.velocity(condition), target, noise, t_R1)
+        else:
+            loss_R = velocity_distillation_loss(self.velocity(condition), teacher(index), target, noise, t_R1)
         total, parts = loss_R.sum(), _parts_by_time(loss_R.detach(), t_R1)
+        if teacher is not None:
+            parts["guidance"] = total.detach(), total.new_tensor(float(len(loss_R)))
         if num_distilled > 0:
             s_R1, t_R1 = sample_time_pairs(num_distilled, generator=generator, device=device)
+            followed = None if teacher is None else teacher(distill_index)
             distill_R = self_distillation_loss(
-                self.velocity(distill_condition), distill_target, distill_noise, s_R1, t_R1
+                self.velocity(distill_condition), distill_target, distill_noise, s_R1, t_R1, followed
             )
             total = total + distill_R.sum()
             parts["distillation"] = distill_R.detach().sum(), total.new_tensor(float(num_distilled))
@@ -347,11 +391,8 @@ class FlowHead(SpeechHead):
                 f"solver is 'map' but head.objective is {self.config.objective!r}: only a head trained with 'lsd' "
                 "knows the jumps of the flow map; use solver 'euler'"
             )
-        if sampling.guidance != 1.0 and self.config.condition_dropout == 0:
-            raise ValueError(
-                f"guidance is {sampling.guidance} but head.condition_dropout is 0, so the head never learned to go "
-                "without its condition; use guidance 1"
-            )
+        if sampling.guidance != 1.0 and self.config.no_guidance_because:
+            raise ValueError(f"guidance is {sampling.guidance} but {self.config.no_guidance_because}; use guidance 1")
 
     def _sample_ode(self, condition_BA: Tensor, noise_BD: Tensor, sampling: FlowSampling) -> Tensor:
         velocity = self._guided(self.velocity, condition_BA, sampling.guidance)

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..strict import strict
 from ..tokenizers.base import TokenSpec
-from .base import Generators, HeadLoss, SpeechHead, check_generators
-from .layers import Linear, ResidualMlp, noisy_latents
+from .base import Generators, HeadLoss, check_generators
+from .latent import LatentHead
+from .layers import Linear, ResidualMlp
 
 LOSSES = ("l1", "l2")
 
@@ -62,37 +63,16 @@ class RegressionHeadConfig:
         strict(RegressionSampling, self.sampling, "sampling")
 
 
-class RegressionHead(SpeechHead):
-    """Embed, teach and guess latents.
-
-    Args:
-        config: size and loss.
-        spec: of the tokenizer; its kind must be "continuous".
-        hidden_size: width H of the hidden states.
-
-    Raises:
-        ValueError: naming both kinds, if the tokenizer's tokens are discrete.
-    """
+class RegressionHead(LatentHead):
+    """Embed, teach and guess latents; see `LatentHead` for the arguments."""
 
     Config = RegressionHeadConfig
     Sampling = RegressionSampling
-    token_kind = "continuous"
 
     def __init__(self, config: RegressionHeadConfig, spec: TokenSpec, hidden_size: int):
-        super().__init__()
-        self.check_spec(config.kind, self.token_kind, spec)
-        self.config = config
-        self.embedding = nn.Sequential(Linear(spec.dim, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size))
+        super().__init__(config, spec, hidden_size)
         self.net = ResidualMlp(hidden_size, config.width, config.num_blocks)
         self.project = Linear(config.width, spec.dim)
-
-    def embed(self, token_BL: Tensor) -> Tensor:
-        """Latents `[B, L, D]` -> `[B, L, H]`."""
-        return self.embedding(token_BL)
-
-    def perturb(self, token_BL: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Training noise on latents `[B, L, D]`: what is fed back, and what is the target. See `noisy_latents`."""
-        return noisy_latents(token_BL, self.config.target_noise, self.config.feedback_noise, generator)
 
     def default_sampling(self) -> RegressionSampling:
         """The only one there is."""

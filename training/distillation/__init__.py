@@ -7,7 +7,7 @@ A stage prepares `CorpusTargets` once, cuts from them what each crop of a batch 
 
 from __future__ import annotations
 
-from .alignment import Aligner, TimedWord, Unusable
+from .alignment import Aligner, TimedWord, Unusable, given_times
 from .losses import Distillation, cosine_by_dimension, cosine_by_step
 from .options import DistillationOptions
 from .targets import CorpusTargets, Targets, TimedVectors, prepare_targets
@@ -26,5 +26,6 @@ __all__ = [
     "Unusable",
     "cosine_by_dimension",
     "cosine_by_step",
+    "given_times",
     "prepare_targets",
 ]

@@ -1,4 +1,6 @@
-"""When each word of a transcript is spoken: forced alignment by pocketsphinx, which carries its English model.
+"""When each word of a transcript is spoken: as a manifest says, or by forced alignment.
+
+The aligner is pocketsphinx, which carries its English model.
 
 Shape legend: S samples.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +19,8 @@ import numpy as np
 from flowomni.audio import resample
 from flowomni.evaluation.recognise import RECOGNISER_RATE_HZ
 
+from ..manifest import Word
+
 _FRAMES_PER_SEC = 100
 _SILENCE_SEC = 0.15  # before and after the clip, so that its first and last words have an edge
 # As for the recogniser (see there). It also tells right transcripts from wrong ones better than none: the gap between
@@ -23,6 +28,7 @@ _SILENCE_SEC = 0.15  # before and after the clip, so that its first and last wor
 _WARP = "2.0"
 _WORD = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*'?")
 _UNSPOKEN = re.compile(r"[^\w]|_")  # punctuation and spaces
+_EDGES = re.compile(r"^[\W_]+|[\W_]+$")
 _VARIANT = re.compile(r"\(\d+\)$")  # the dictionary's name of a further pronunciation, as in `either(2)`
 
 
@@ -119,6 +125,33 @@ class Aligner:
             )
             for segment in segments
         ]
+
+
+def given_times(text: str, words: Sequence[Word]) -> list[TimedWord]:
+    """The words that a manifest gives with their times, each found in the text after the one before it.
+
+    Case and punctuation around a word do not matter; a word of no length, or of punctuation alone, is left out. A word
+    ends where the next begins at the latest.
+
+    Raises:
+        Unusable: the text does not have a word there, or no word is left.
+    """
+    ends_sec = [min(word.end_sec, after.start_sec) for word, after in zip(words, words[1:], strict=False)]
+    found: list[TimedWord] = []
+    place = 0
+    for word, end_sec in zip(words, [*ends_sec, *(word.end_sec for word in words[-1:])], strict=True):
+        said = _EDGES.sub("", word.text)
+        if not said:
+            continue
+        match = re.compile(rf"(?<!\w){re.escape(said)}(?!\w)", re.IGNORECASE).search(text, place)
+        if match is None:
+            raise Unusable(f"the manifest's word {word.text!r} at {word.start_sec:g} s is not in the text there")
+        place = match.end()
+        if end_sec > word.start_sec:
+            found.append(TimedWord(*match.span(), word.start_sec, end_sec))
+    if not found:
+        raise Unusable("the manifest's words have no length")
+    return found
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:

@@ -22,8 +22,9 @@ class DistillationOptions:
         cache: folder for word times and targets, which are computed once; several runs may share it.
         text_teacher: folder or Hub name of any Hugging Face text model, run on the transcripts; "" for none.
         speech_teacher: folder or Hub name of a Whisper, or of a model on waves such as HuBERT; "" for none.
-        placement: of the text targets: "aligned" (each word where it is spoken) or "padded", as in DM-Codec's code (one
-            text token per speech token from the start, then what the model gives for padding).
+        placement: of the text targets: "aligned" (each word where it is spoken, as the manifest or the aligner says) or
+            "padded", as in DM-Codec's code (one text token per speech token from the start, then what the model gives
+            for padding).
         center: subtract from the targets their mean over time and all answers. As they are (DM-Codec's way), a student
             that is the same for every token comes to a "dimension" loss of 0.49 where 0.69 is no likeness, 0.31 all.
         silence: where no word is spoken, aligned text targets are "masked" (no loss) or "zero" (a target of zero).

@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..manifest import read_manifest
-from .alignment import Aligner, Unusable
+from ..manifest import Word, read_manifest
+from .alignment import Aligner, Unusable, given_times
 from .options import DistillationOptions
 from .teachers import SpeechTeacher, TextTeacher
 
@@ -150,12 +150,13 @@ def prepare_targets(
 ) -> CorpusTargets:
     """Compute the targets of a corpus's answers, or read those that are in the cache already.
 
-    Interrupted, it goes on where it was. The cache knows an answer by its file's name, size and text, a teacher by its
-    weights; nothing stale is read. Every answer that is skipped is listed, with the reason, in `skipped.json` beside
-    its teacher's targets.
+    Interrupted, it goes on where it was. The cache knows an answer by its file's name, size, text and word times, a
+    teacher by its weights; nothing stale is read. Every answer that is skipped is listed, with the reason, in
+    `skipped.json` beside its teacher's targets.
 
     Args:
-        corpus: folder with `manifest.jsonl`; its assistant turns give the answers' texts.
+        corpus: folder with `manifest.jsonl`; its assistant turns give the answers' texts, and the times of their words
+            where it has them: those of other answers are found by forced alignment.
         token_sec: span of one speech token.
         names: file names of the answers; all of the manifest by default.
 
@@ -163,9 +164,9 @@ def prepare_targets(
         ValueError: a teacher cannot be loaded, the manifest lacks an answer, or no answer at all gives targets.
     """
     turns = (turn for item in read_manifest(corpus) for turn in item.turns if turn.role == "assistant")
-    texts = {turn.audio: turn.text for turn in turns if isinstance(turn.audio, Path)}
-    answers = {file.name: _Answer(file, text) for file, text in sorted(texts.items())}
-    if len(answers) < len(texts):
+    said = {turn.audio: turn for turn in turns if isinstance(turn.audio, Path)}
+    answers = {file.name: _Answer(file, said[file].text, said[file].words) for file in sorted(said)}
+    if len(answers) < len(said):
         raise ValueError(f"corpus is {corpus!r}, where answers in several folders share a file name: rename them")
     wanted = list(answers) if names is None else list(dict.fromkeys(names))
     unknown = [name for name in wanted if name not in answers]
@@ -200,11 +201,13 @@ def prepare_targets(
 class _Answer:
     file: Path
     text: str
+    words: tuple[Word, ...] = ()
 
     @property
     def key(self) -> str:
         size = self.file.stat().st_size if self.file.is_file() else -1
-        return _digest(f"{self.file.name}|{size}|{self.text}")
+        times = "".join(f"|{word.text}|{word.start_sec}|{word.end_sec}" for word in self.words)
+        return _digest(f"{self.file.name}|{size}|{self.text}{times}")
 
     def read(self) -> tuple[np.ndarray, int]:
         try:
@@ -312,7 +315,8 @@ def _text_maker(options: DistillationOptions, token_sec: float) -> tuple[_Maker,
     aligner = Aligner(options.least_score)
 
     def aligned(answer: _Answer) -> TimedVectors:
-        words = aligner.align(*answer.read(), answer.text)
+        text = answer.text
+        words = given_times(text, answer.words) if answer.words else aligner.align(*answer.read(), text)
         vector_WT = teacher.words(answer.text, [(word.first_char, word.end_char) for word in words])
         return TimedVectors(torch.tensor([(word.start_sec, word.end_sec) for word in words]), vector_WT)
 

@@ -26,6 +26,7 @@ from flowomni.encoder import num_heard_positions, num_mel_frames
 from flowomni.evaluation import hear
 from flowomni.evaluation.metrics import word_error_rate
 from flowomni.evaluation.spectrogram import write_spectrogram
+from flowomni.heads import HEADS, head_config
 from flowomni.layouts import Turn
 from flowomni.modeling import FlowOmniModel
 from flowomni.processing import HEARD_RATE_HZ
@@ -33,6 +34,7 @@ from flowomni.streams import Streams, collate
 from flowomni.tokenizers import SpeechTokenizer
 
 from ..batching import budget_batches, length_batches, spec_augment
+from ..guidance import GuidedStudent
 from ..lora import LoraOptions, add_lora, merge_lora, save_adapters
 from ..manifest import Conversation, Utterance, examples, read_manifest
 from ..recordings import Recordings, playable
@@ -109,7 +111,12 @@ class SpeechOptions:
         parts: what to assemble a new model from.
         tasks: relative frequency of each task; names in `TASKS`.
         trains, lora: what trains, and how LoRA is set where a part says "lora".
-        head: overrides of the loaded model's head section (for another objective, say); sizes must stay.
+        head, loss: overrides of the loaded model's sections (another objective, say, or a loss of its own for the
+            ears); what the model has stays, and so must its sizes.
+        distill_guidance: scale of classifier-free guidance that the model learns to give in one pass, from itself: the
+            loaded model stays in memory as the teacher, see `training.guidance`. None: speech is learned from data.
+        families: share of each of the manifest's families ("" for none) in an epoch; those it leaves out do not train.
+            Empty: as they come. A rare family with a large share repeats its conversations.
         batch_size: conversations per micro-batch.
         max_tokens_per_batch: positions per micro-batch, padding included; batch_size then means nothing.
         max_example_sec: longest question with its answer, others are left out (counted and printed); as many of the
@@ -127,6 +134,9 @@ class SpeechOptions:
     trains: TrainsOptions = field(default_factory=TrainsOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     head: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
+    distill_guidance: float | None = None
+    families: dict[str, float] = field(default_factory=dict)
     batch_size: int = 32
     max_tokens_per_batch: int | None = None
     max_example_sec: float = 30.0
@@ -143,10 +153,26 @@ class SpeechOptions:
             raise ValueError(f"options.tasks has {sorted(unknown)}; known tasks: {', '.join(TASKS)}")
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
             raise ValueError(f"options.max_tokens_per_batch is {self.max_tokens_per_batch}; it must be at least 1")
-        if self.head and self.model is None:
-            raise ValueError("options.head overrides a loaded model's head: with parts, set parts.head")
+        for section in ("head", "loss"):
+            if getattr(self, section) and self.model is None:
+                raise ValueError(f"options.{section} overrides a loaded model's: with parts, set parts.{section}")
+        if self.families and not (min(self.families.values()) >= 0 < sum(self.families.values())):
+            raise ValueError(f"options.families is {self.families}; shares are not negative, and one is above 0")
         if self.lora.save == "adapters" and self.model is None:
             raise ValueError("options.lora.save is 'adapters', but these fit a saved model alone: set options.model")
+        if self.distill_guidance is not None:
+            self._check_guidance(self.distill_guidance)
+
+    def _check_guidance(self, scale: float) -> None:
+        if not (scale > 1 and math.isfinite(scale)):
+            raise ValueError(f"options.distill_guidance is {scale}; it must be above 1, which is no guidance")
+        if self.model is None:
+            raise ValueError("options.distill_guidance needs a trained model to learn from: set options.model")
+        if self.lora.save == "adapters":
+            raise ValueError(
+                "options.lora.save is 'adapters', but a model with options.distill_guidance has another config than "
+                "its base, which adapters do not carry: set options.lora.save to 'merged'"
+            )
 
 
 class SpeechStage(Stage):
@@ -156,17 +182,20 @@ class SpeechStage(Stage):
 
     def __init__(self, options: SpeechOptions, seed: int):
         self.options, self.seed = options, seed
-        self.model, self.processor = self._build()
-        for part in self.model.modules():
+        self.model, self.processor, teacher = self._build()
+        for part in [*self.model.modules(), *(teacher.modules() if teacher is not None else ())]:
             if isinstance(part, PreTrainedModel) and not isinstance(part, FlowOmniModel | SpeechTokenizer):
                 part.set_attn_implementation(options.attention)
-        self.module = self.model
+        self.module: FlowOmniModel | GuidedStudent = self.model
+        if teacher is not None and options.distill_guidance is not None:
+            self.module = GuidedStudent(self.model, teacher, options.distill_guidance)
         self.tuners = set_trainable(self.model, options.trains, options.lora)
         loss = self.model.loss_config
         self.weights = {"text": loss.text_weight, "state": loss.state_weight, "speech": loss.speech_weight}
-        self.weights["ctc"] = loss.ctc_weight
+        self.weights |= {"ctc": loss.ctc_weight, "text_ctc": loss.text_ctc_weight}
         self.train = self._fitting(read_manifest(options.manifest, "train"))
         self.valid = read_manifest(options.manifest, "valid") if options.num_eval else []
+        self._check_families()
         self.words = sorted({word for c in self.train for word in c.answer.text.split()})
         names = sorted(options.tasks)  # their order in the file means nothing
         shares = np.array([options.tasks[n] for n in names], dtype=float)
@@ -178,15 +207,32 @@ class SpeechStage(Stage):
         self._template_lengths: dict[tuple[str, ...], int] = {}
 
     def prepare_for_engine(self, engine: str) -> None:
+        if self.options.distill_guidance is not None:
+            raise ValueError(
+                f"options.distill_guidance does not go with {engine}, which would have to hold the teacher too: use "
+                "one_cpu, two_cpu, ddp or multi_node of configs/accelerate"
+            )
         self.model.uniform = True
         self.recordings.tokenizer = copy.deepcopy(self.model.speech_tokenizer)
 
-    def _build(self) -> tuple[FlowOmniModel, Any]:
+    def _build(self) -> tuple[FlowOmniModel, Any, FlowOmniModel | None]:
+        """The model that trains, its processor, and the teacher if there is one."""
         if self.options.parts is not None:
-            return assemble(**asdict(self.options.parts))
+            return *assemble(**asdict(self.options.parts)), None
         assert self.options.model is not None
-        model, processor = load_model(self.options.model)
-        return (with_head(model, self.options.head), processor) if self.options.head else (model, processor)
+        loaded, processor = load_model(self.options.model)
+        changes = section_changes(loaded.config.head, self.options)
+        model = with_sections(loaded, changes) if any(changes.values()) else loaded
+        return model, processor, loaded if self.options.distill_guidance is not None else None
+
+    def _check_families(self) -> None:
+        """ValueError where `families` names what the manifest's training split does not have."""
+        known = {c.family for c in self.train}
+        unknown = sorted(name for name in self.options.families if name not in known)
+        if unknown:
+            raise ValueError(
+                f"options.families has {unknown}; {self.options.manifest} trains on {', '.join(sorted(known))}"
+            )
 
     def _fitting(self, items: list[Conversation]) -> list[Conversation]:
         limit = self.options.max_example_sec
@@ -224,9 +270,10 @@ class SpeechStage(Stage):
         """Batches of (conversation, task) of one epoch, alike in length."""
         if epoch not in self._plans:
             rng = rng_for(self.seed, epoch, 4)
-            drawn = rng.choice(self.task_names, size=len(self.train), p=self.task_shares)
-            tasks = [self._possible(c, str(t)) for c, t in zip(self.train, drawn, strict=True)]
-            sides = [self._sides(c, t) for c, t in zip(self.train, tasks, strict=True)]
+            chosen = self._chosen(rng)
+            drawn = rng.choice(self.task_names, size=len(chosen), p=self.task_shares)
+            tasks = [self._possible(self.train[i], str(t)) for i, t in zip(chosen, drawn, strict=True)]
+            sides = [self._sides(self.train[i], t) for i, t in zip(chosen, tasks, strict=True)]
             lengths = [self._length(side, t) for side, t in zip(sides, tasks, strict=True)]
             heard = [max((a.duration_sec for a, how in asks if how == "audio"), default=0.0) for asks, _ in sides]
             budget = self.options.max_tokens_per_batch
@@ -234,8 +281,22 @@ class SpeechStage(Stage):
                 batches = length_batches(lengths, self.options.batch_size, rng, heard)
             else:
                 batches = budget_batches(lengths, budget, rng, heard)
-            self._plans = {epoch: [[(i, tasks[i]) for i in batch] for batch in batches]}
+            self._plans = {epoch: [[(chosen[i], tasks[i]) for i in batch] for batch in batches]}
         return self._plans[epoch]
+
+    def _chosen(self, rng: np.random.Generator) -> list[int]:
+        """The conversations of one epoch: each once, or by the shares of families, then as evenly as can be."""
+        shares = self.options.families
+        if not shares:
+            return list(range(len(self.train)))
+        members = {name: [i for i, c in enumerate(self.train) if c.family == name] for name in shares}
+        ends = np.cumsum(list(shares.values())) / sum(shares.values()) * len(self.train)
+        counts = np.diff(np.round(ends).astype(int), prepend=0)
+        chosen: list[int] = []
+        for found, count in zip(members.values(), counts, strict=True):
+            rounds = [rng.permutation(found) for _ in range(math.ceil(count / len(found)))]
+            chosen += np.concatenate(rounds)[:count].tolist() if rounds else []
+        return chosen
 
     def _possible(self, item: Conversation, task: str) -> str:
         """The task, with what a side lacks replaced: no words to read, no recording to hear or to speak."""
@@ -343,7 +404,7 @@ class SpeechStage(Stage):
         generator = torch.Generator().manual_seed(self.seed)
         task = max(self.options.tasks, key=lambda t: self.options.tasks[t])
         batch = collate([self._example(c, self._possible(c, task), None) for c in items]).to(self.model.device)
-        losses = self.model(batch, generator)
+        losses = self.module(batch, generator)
         return {f"loss/{k}": float(v.sum) / max(1.0, float(v.count)) for k, v in losses.items() if "/" not in k}
 
     def _answers(self, omni: FlowOmni, items: list[Conversation], speaks: bool, folder: Path) -> dict[str, float]:
@@ -401,12 +462,39 @@ def _medium(turn: Utterance, wanted: str) -> str:
     return wanted
 
 
-def with_head(model: FlowOmniModel, changes: dict[str, Any]) -> FlowOmniModel:
-    """The same weights under a head section with `changes` (another objective, other noise); sizes must stay."""
+def section_changes(head: dict[str, Any], options: SpeechOptions) -> dict[str, dict[str, Any]]:
+    """What is to be different in the config sections of a loaded model, whose head section is `head`.
+
+    Raises:
+        ValueError: guidance is to be distilled from a head that has none.
+    """
+    changes = options.head
+    if options.distill_guidance is not None:
+        teacher = head_config(head)
+        try:
+            changes = HEADS[teacher.kind].with_guidance(teacher, options.distill_guidance) | changes
+        except ValueError as error:
+            raise ValueError(f"options.distill_guidance is {options.distill_guidance}, but {error}") from None
+    return {"head": changes, "loss": options.loss}
+
+
+def with_sections(model: FlowOmniModel, changes: dict[str, dict[str, Any]]) -> FlowOmniModel:
+    """The same weights under config sections with `changes`; sizes must stay.
+
+    Another objective or other noise for the head changes no weights. A loss that the ears did not have brings its own,
+    untrained, and one that is turned off (weight 0) takes them along.
+    """
     values = model.config.to_dict()
-    values["head"] = {**model.config.head, **changes}
+    for section, some in changes.items():
+        values[section] = {**values[section], **some}
     changed = FlowOmniModel(FlowOmniConfig(**{k: v for k, v in values.items() if k != "model_type"}))
-    changed.load_state_dict(model.state_dict())
+    auxiliary = ("ctc.", "text_ctc.")
+    kept = {k: v for k, v in model.state_dict().items() if not k.startswith(auxiliary) or k in changed.state_dict()}
+    missing, unexpected = changed.load_state_dict(kept, strict=False)
+    wrong = [*unexpected, *(name for name in missing if not name.startswith(auxiliary))]
+    if wrong:
+        names = ", ".join(wrong[:3])
+        raise ValueError(f"options.head and options.loss ({changes}) ask for other weights than the model's: {names}")
     return changed
 
 
@@ -415,7 +503,8 @@ def parts_of(model: FlowOmniModel) -> dict[str, list[nn.Module]]:
     found: dict[str, list[Any]] = {
         "llm": [model.llm],
         "encoder": [getattr(model, "encoder", None)],
-        "projector": [getattr(model, "projector", None), getattr(model, "ctc", None)],  # what reads the encoder
+        # what reads the encoder
+        "projector": [getattr(model, name, None) for name in ("projector", "ctc", "text_ctc")],
         "output_blocks": [model.output_blocks],
         "heads": [model.head, model.state_head, model.state_embedding],
     }
