@@ -353,7 +353,9 @@ def print_plan(run: RunOptions, options: Any, sizes: Sizes | None = None) -> Non
         print(f"{name:{width}} {size / GIB:>15.2f}")
     print(f"{'with several GPUs, besides':{width}} {4 * found.num_trainable / GIB:>15.2f}")
     print(f"\nlongest micro-batch: {found.longest}; precision {run.mixed_precision}")
-    rows_per_step = run.accumulation * options.batch_size
-    print(f"one optimizer step: {run.accumulation} micro-batches of {options.batch_size} = {rows_per_step} on each GPU")
+    budget = getattr(options, "max_tokens_per_batch", None)
+    size, unit = (options.batch_size, "") if budget is None else (budget, " positions at most")
+    total = f"{run.accumulation * size:,}{unit} on each GPU"
+    print(f"one optimizer step: {run.accumulation} micro-batches of {size:,} = {total}")
     for name, source in found.sources.items():
         print(f"sizes of {name}: {source}")
