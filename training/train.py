@@ -122,12 +122,13 @@ def train(run: RunOptions, options: Any, stage_class: Callable[..., Stage]) -> P
     accelerator = make_accelerator(run.mixed_precision, run.clip_norm)
     torch.manual_seed(run.seed)
     stage = stage_class(options, run.seed)
-    if engine_name(accelerator) != "plain":
-        stage.prepare_for_engine(engine_name(accelerator))
+    engine = engine_name(accelerator)
+    if engine != "plain":
+        stage.prepare_for_engine(engine)
     folder = Path(run.output_dir)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(stage.module, run.weight_decay), lr=run.learning_rate, betas=(0.9, 0.99)
-    )
+    groups = parameter_groups(stage.module, run.weight_decay)
+    # fused: one pass over each tensor; engines replace the optimizer or cut up its tensors
+    optimizer = torch.optim.AdamW(groups, lr=run.learning_rate, betas=(0.9, 0.99), fused=engine == "plain")
     if run.gradient_checkpointing:
         checkpoint_layers(stage.module)
     if run.compile:
