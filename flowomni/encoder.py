@@ -319,7 +319,7 @@ class TextCtcAuxiliary(nn.Module):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.blank = nn.Linear(hidden_size, 1)
-        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.log_scale = nn.Parameter(torch.zeros(1))  # FSDP takes no scalars
 
     def forward(self, heard_BPH: Tensor, lengths_B: Tensor, table_VH: Tensor, text_BU: Tensor) -> Loss:
         """Summed over the clips that say something, each divided by its number of tokens.
