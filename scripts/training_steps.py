@@ -226,7 +226,7 @@ class Step:
         self.module, self.loss, self.num_positions = module, loss, num_positions
         self.half, self.in_float32 = half, in_float32
         self.watched = [*watched, (self, "update", "clip and optimizer")]
-        self.optimizer = torch.optim.AdamW(parameter_groups(module, 0.01), lr=1e-5, betas=(0.9, 0.99), fused=True)
+        self.optimizer = torch.optim.AdamW(parameter_groups(module, 0.01), lr=1e-5, betas=(0.9, 0.99))
 
     @property
     def num_parameters(self) -> int:

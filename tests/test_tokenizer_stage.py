@@ -422,10 +422,7 @@ def test_two_processes_are_one(corpus: str, tmp_path: Path) -> None:
     one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
     assert len(one) == len(two) == 5  # four steps and the evaluation's line
     for a, b in zip(one, two, strict=True):
-        # Adam's first steps follow the signs of gradients near zero, which feel the order of sums
-        norms = a.pop("grad_norm", 0.0), b.pop("grad_norm", 0.0)
-        assert norms[0] == pytest.approx(norms[1], rel=2e-2)
-        assert a == pytest.approx(b, rel=5e-3)
+        assert a == pytest.approx(b, rel=5e-3)  # the adversary's gradient norm feels the order of sums
 
 
 # bad input

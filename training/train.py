@@ -127,8 +127,7 @@ def train(run: RunOptions, options: Any, stage_class: Callable[..., Stage]) -> P
         stage.prepare_for_engine(engine)
     folder = Path(run.output_dir)
     groups = parameter_groups(stage.module, run.weight_decay)
-    # fused: one pass over each tensor; engines replace the optimizer or cut up its tensors
-    optimizer = torch.optim.AdamW(groups, lr=run.learning_rate, betas=(0.9, 0.99), fused=engine == "plain")
+    optimizer = torch.optim.AdamW(groups, lr=run.learning_rate, betas=(0.9, 0.99))
     if run.gradient_checkpointing:
         checkpoint_layers(stage.module)
     if run.compile:
