@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -287,20 +287,7 @@ class CtcAuxiliary(nn.Module):
             hidden_BTE: encoder frames; lengths_B: how many of them are real.
             bytes_BU: the transcripts' bytes, -1 past a row's end; rows that say nothing are all -1.
         """
-        num_bytes_B = (bytes_BU >= 0).sum(1)
-        says_B = num_bytes_B > 0
-        if not bool(says_B.any()):
-            return Loss(self.classify(hidden_BTE).sum() * 0.0, says_B.sum())
-        log_probs = self.classify(hidden_BTE[says_B]).float().log_softmax(-1)
-        losses_B = F.ctc_loss(
-            log_probs.transpose(0, 1),
-            bytes_BU[says_B].clamp(min=0) + 1,
-            lengths_B[says_B],
-            num_bytes_B[says_B],
-            reduction="none",
-            zero_infinity=True,
-        )
-        return Loss((losses_B / num_bytes_B[says_B]).sum(), says_B.sum())
+        return _ctc_loss(self.classify, hidden_BTE, lengths_B, bytes_BU)
 
     def read(self, hidden_TE: Tensor) -> str:
         """What one clip says, by CTC's best path: repeats joined, blanks dropped, bytes to text."""
@@ -329,30 +316,31 @@ class TextCtcAuxiliary(nn.Module):
             table_VH: the language model's input embeddings; nothing is learned into them here.
             text_BU: text ids of the transcripts, -1 past a row's end; rows that say nothing are all -1.
         """
-        num_ids_B = (text_BU >= 0).sum(1)
-        says_B = num_ids_B > 0
-        heard_BPH, text_BU, num_ids_B = heard_BPH[says_B], text_BU[says_B], num_ids_B[says_B]
-        log_probs = self._log_probs(heard_BPH, table_VH)
-        if not bool(says_B.any()):
-            return Loss(log_probs.sum(), says_B.sum())
-        losses_B = F.ctc_loss(
-            log_probs.transpose(0, 1),
-            text_BU.clamp(min=0) + 1,
-            lengths_B[says_B],
-            num_ids_B,
-            reduction="none",
-            zero_infinity=True,
-        )
-        return Loss((losses_B / num_ids_B).sum(), says_B.sum())
+        return _ctc_loss(lambda heard: self.scores(heard, table_VH), heard_BPH, lengths_B, text_BU)
 
-    def read(self, heard_PH: Tensor, table_VH: Tensor) -> list[int]:
-        """Text ids of one clip by CTC's best path."""
-        joined = torch.unique_consecutive(self._log_probs(heard_PH, table_VH).argmax(-1))
-        return [int(c) - 1 for c in joined if c > 0]
-
-    def _log_probs(self, heard: Tensor, table_VH: Tensor) -> Tensor:
+    def scores(self, heard: Tensor, table_VH: Tensor) -> Tensor:
+        """Of the blank, then of each text id: [.., H] -> [.., 1 + V]."""
         tokens = self.log_scale.exp() * (heard @ F.normalize(table_VH.detach(), dim=-1).T)
-        return torch.cat([self.blank(heard), tokens], dim=-1).float().log_softmax(-1)
+        return torch.cat([self.blank(heard), tokens], dim=-1)
+
+
+def _ctc_loss(scores: Callable[[Tensor], Tensor], x_BTH: Tensor, lengths_B: Tensor, target_BU: Tensor) -> Loss:
+    """CTC of the rows that say something (a target that is not -1), each divided by its number of targets; class 0 is
+    the blank. With no such row a zero that every parameter takes part in."""
+    num_targets_B = (target_BU >= 0).sum(1)
+    says_B = num_targets_B > 0
+    if not bool(says_B.any()):
+        return Loss(scores(x_BTH).sum() * 0.0, says_B.sum())
+    num_targets_B = num_targets_B[says_B]
+    losses_B = F.ctc_loss(
+        scores(x_BTH[says_B]).float().log_softmax(-1).transpose(0, 1),
+        target_BU[says_B].clamp(min=0) + 1,
+        lengths_B[says_B],
+        num_targets_B,
+        reduction="none",
+        zero_infinity=True,
+    )
+    return Loss((losses_B / num_targets_B).sum(), says_B.sum())
 
 
 class Projector(nn.Module):
