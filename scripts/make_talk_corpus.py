@@ -90,11 +90,6 @@ class Question:
     def path(self) -> str:
         return f"questions/{self.pair.split}/{self.id.rpartition('-')[2]}.flac"
 
-    @property
-    def family(self) -> str:
-        """The manifest's family: lists to listen to are one of their own, so that they are weighted by themselves."""
-        return self.pair.family if self.pair.spoken else "lists"
-
     def rng(self) -> np.random.Generator:
         digest = hashlib.sha256(f"{self.seed}:{self.id}".encode()).digest()
         return np.random.default_rng(int.from_bytes(digest[:8], "big"))
@@ -363,25 +358,24 @@ def write_manifest(questions: list[Question], out: Path) -> dict:
     hours: Counter[str] = Counter()
     for question in questions:
         pair, asked_sec = question.pair, soundfile.info(out / question.path).duration
+        path = answer_path(pair.answer)
+        if path not in seconds_of_answer:
+            seconds_of_answer[path] = soundfile.info(out / path).duration
         user = {"role": "user", "text": pair.question, "audio": question.path, "duration_sec": round(asked_sec, 3)}
-        assistant: dict[str, str | float] = {"role": "assistant", "text": pair.answer}
-        if pair.spoken:
-            path = answer_path(pair.answer)
-            if path not in seconds_of_answer:
-                seconds_of_answer[path] = soundfile.info(out / path).duration
-            assistant |= {"audio": path, "duration_sec": round(seconds_of_answer[path], 3)}
-            hours["answers, as often as asked for"] += seconds_of_answer[path] / 3600
+        assistant = {"role": "assistant", "text": pair.answer, "audio": path}
+        assistant["duration_sec"] = round(seconds_of_answer[path], 3)
         lines.append(
             {
                 "id": question.id,
                 "split": pair.split,
-                "family": question.family,
+                "family": pair.family,
                 "voice": question.voice,
                 "voice_group": pair.voice_group,
                 "turns": [user, assistant],
             }
         )
         hours["questions"] += asked_sec / 3600
+        hours["answers, as often as asked for"] += seconds_of_answer[path] / 3600
     hours["answers, distinct"] = sum(seconds_of_answer.values()) / 3600
     stats = corpus_stats(questions, len(seconds_of_answer), hours)
     _write(out / "stats.json", (json.dumps(stats, indent=2) + "\n").encode())
@@ -396,7 +390,7 @@ def corpus_stats(questions: list[Question], num_answers: int, hours: Mapping[str
         chosen = [question for question in questions if question.pair.split == split]
         splits[split] = {
             "pairs": len(chosen),
-            "family": dict(Counter(question.family for question in chosen)),
+            "family": dict(Counter(question.pair.family for question in chosen)),
             "voice_group": dict(Counter(question.pair.voice_group for question in chosen)),
             "voice": dict(Counter(question.voice for question in chosen)),
         }
@@ -419,7 +413,7 @@ def make_corpus(
     """
     check_synthesisers()
     questions = plan_questions(num_pairs, seed, fsdd is not None, num_lists)
-    answers = sorted({question.pair.answer for question in questions if question.pair.spoken})
+    answers = sorted({question.pair.answer for question in questions})
     for folder in ("answers", "questions/train", "questions/valid", "questions/test"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     settings = {"version": CORPUS_VERSION, "num_pairs": num_pairs, "num_lists": num_lists, "seed": seed}
@@ -464,7 +458,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("data/talk"), help="folder to write (default: data/talk)")
     parser.add_argument("--num-pairs", type=int, default=24_000, help="questions with answers (default: 24000)")
     parser.add_argument(
-        "--num-lists", type=int, help="more lists to listen to, answered in text alone (default: half of --num-pairs)"
+        "--num-lists", type=int, help="more training pairs of say, digits and add (default: half of --num-pairs)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fsdd", type=Path, help=f"folder of real spoken digits (default: {DEFAULT_FSDD} if there)")

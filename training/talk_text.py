@@ -133,7 +133,6 @@ class Pair:
     answer: str
     split: str = "train"
     voice_group: str = "trained"  # who asks: trained | unseen | human | unseen_human
-    spoken: bool = True  # whether the answer is spoken too
 
 
 def number_words(n: int) -> str:
@@ -244,7 +243,7 @@ FAMILIES = tuple(_FAMILIES)
 FAMILY_SHARES = {family: share for family, (share, _) in _FAMILIES.items()}
 HELD_OUT_FAMILIES = ("plus", "minus", "times", "say", "digits", "add", "other")
 HUMAN_SHARE = 1500 / 22_700  # of the training pairs: digits read by people
-# Lists have more sequences than a model can be told to tell apart by a few thousand: it learns those by heart instead.
+# Of further training pairs: a few thousand lists are learned by heart instead of word by word.
 LIST_SHARES = {"say": 0.6, "digits": 0.2, "add": 0.2}
 
 
@@ -324,8 +323,8 @@ def corpus_pairs(num_pairs: int, seed: int, with_human: bool = True, num_lists: 
     """All pairs of a corpus, train, then valid (1/80), then test (1/24, balanced over family x voice group).
 
     A pure function of its arguments. `with_human` gives a part of the digits to human speakers (voice groups `human`
-    and, in the test alone, `unseen_human`). `num_lists` more training pairs by `LIST_SHARES` come last, to be listened
-    to: their answers are not spoken. Raises ValueError if `num_pairs` is too small to hold every split.
+    and, in the test alone, `unseen_human`). `num_lists` more training pairs by `LIST_SHARES` come last. Raises
+    ValueError if `num_pairs` is too small to hold every split.
     """
     if num_pairs < 80:
         raise ValueError(f"num_pairs is {num_pairs}, but valid and test need at least 80 pairs; pass 80 or more")
@@ -338,7 +337,7 @@ def corpus_pairs(num_pairs: int, seed: int, with_human: bool = True, num_lists: 
 def _list_pair(index: int, seed: int) -> Pair:
     rng = random.Random(f"{seed}:lists:{index}")
     [family] = rng.choices(list(LIST_SHARES), list(LIST_SHARES.values()))
-    return replace(sample_family(family, rng, "train"), spoken=False)
+    return sample_family(family, rng, "train")
 
 
 def answer_vocabulary() -> list[str]:
