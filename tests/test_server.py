@@ -413,6 +413,7 @@ def test_draining_lets_answers_end(engine: Engine) -> None:
         (["--port", "70000"], "--port"),
         (["--max-sessions", "0"], "--max-sessions"),
         (["--rate-limit", "-1"], "--rate-limit"),
+        (["--threads", "0"], "--threads"),
         (["--api-key", "two words"], "--api-key"),
         (["--ssl-keyfile", "k.pem"], "--ssl-certfile"),
         (["--ssl-certfile", "/nowhere.pem"], "/nowhere.pem"),
@@ -428,6 +429,25 @@ def test_wrong_command_lines(capsys: Capture, args: list[str], said: str) -> Non
         status = int(str(stop.code))
     lines = capsys.readouterr().err.splitlines()
     assert status == 2 and len(lines) == 1 and said in lines[0], lines
+
+
+def test_a_delta_is_sent_at_once() -> None:
+    """asyncio did not recognise the listener as TCP, so that small messages waited 40 ms for an acknowledgement."""
+
+    async def no_delay(listener: socket.socket) -> int:
+        accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def look(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        async with await asyncio.start_server(look, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname()[:2])
+            found = await accepted
+            writer.close()
+            return found
+
+    assert asyncio.run(no_delay(serve._bind("127.0.0.1", 0)))
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate with")
