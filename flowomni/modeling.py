@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaModel, PreTrainedModel
 
+from .cache import GrowingCache
 from .configuration import FlowOmniConfig, LossConfig, OutputBlocksConfig
 from .encoder import CtcAuxiliary, Projector, SpeechEncoder, TextCtcAuxiliary
 from .heads import HeadLoss, build_head
@@ -268,8 +269,8 @@ class FlowOmniModel(PreTrainedModel):
     def init_state(self, batch_size: int) -> ModelState:
         """Empty caches for `batch_size` rows."""
         return ModelState(
-            llm_cache=DynamicCache(),
-            blocks_cache=DynamicCache(),
+            llm_cache=GrowingCache(),
+            blocks_cache=GrowingCache(),
             mask_BL=torch.zeros(batch_size, 0, dtype=torch.bool, device=self.device),
             num_seen_B=torch.zeros(batch_size, dtype=torch.int64, device=self.device),
         )

@@ -127,7 +127,7 @@ class Talker:
         return turns
 
     async def _speak(self, timeout_sec: float) -> None:
-        pace = _Pace()
+        pace = Pace()
         for chunk in _chunks(self.wav_S):
             await self._append(chunk, pace)
         self.turn.speech_end = time.perf_counter()
@@ -139,17 +139,17 @@ class Talker:
             await self._append(quiet, pace)
 
     async def _silence(self, seconds: float) -> None:
-        pace = _Pace()
+        pace = Pace()
         for chunk in _chunks(np.zeros(round(seconds * RATE_HZ), np.float32)):
             await self._append(chunk, pace)
 
-    async def _append(self, wav_S: np.ndarray, pace: _Pace) -> None:
+    async def _append(self, wav_S: np.ndarray, pace: Pace) -> None:
         raw = (wav_S * 32_767).astype("<i2").tobytes()
         await self.send("input_audio_buffer.append", audio=base64.b64encode(raw).decode("ascii"))
         await pace.wait(len(wav_S) / RATE_HZ)
 
 
-class _Pace:
+class Pace:
     """Real time without drift."""
 
     def __init__(self) -> None:
@@ -204,16 +204,17 @@ def summary(sessions: Sequence[Sequence[Turn]]) -> dict[str, Any]:
         "turns": len(turns),
         "answered": len(answered),
         "statuses": {status: statuses.count(status) for status in sorted(set(statuses))},
-        "end_to_audio_ms": _spread([turn.arrivals[0][0] - turn.speech_end for turn in answered]),
-        "stop_to_audio_ms": _spread([t.arrivals[0][0] - t.stopped for t in answered if t.stopped is not None]),
-        "gap_ms": _spread([gap for turn in answered for gap in turn.gaps_sec]),
+        "end_to_audio_ms": spread([turn.arrivals[0][0] - turn.speech_end for turn in answered]),
+        "stop_to_audio_ms": spread([t.arrivals[0][0] - t.stopped for t in answered if t.stopped is not None]),
+        "gap_ms": spread([gap for turn in answered for gap in turn.gaps_sec]),
         "chunks": sum(len(turn.arrivals) for turn in answered),
         "late_chunks": sum(turn.num_late for turn in answered),
         "answer_sec": round(speech_sec, 2),
     }
 
 
-def _spread(seconds: Sequence[float]) -> dict[str, float] | None:
+def spread(seconds: Sequence[float]) -> dict[str, float] | None:
+    """Percentiles in milliseconds; None of nothing."""
     if not seconds:
         return None
     ms = 1000 * np.asarray(seconds)
