@@ -61,6 +61,7 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        assert self.keys is not None and self.values is not None
         if self._storage is None or not (
             self._storage[0].continues(self.keys, key_states) and self._storage[1].continues(self.values, value_states)
         ):

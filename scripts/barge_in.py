@@ -103,8 +103,10 @@ class Ears:
     """The server's detector, hearing what is sent to it: when it could know that speech has begun."""
 
     def __init__(self) -> None:
-        lengths = (SILENCE_SEC, PREROLL_SEC, TAIL_SEC, MIN_SPEECH_SEC)
-        self._taker = TurnTaker(TurnRules(False, THRESHOLD, *map(samples, lengths), max_samples=samples(30.0)))
+        silence, preroll, tail, min_speech, longest = map(
+            samples, (SILENCE_SEC, PREROLL_SEC, TAIL_SEC, MIN_SPEECH_SEC, 30.0)
+        )
+        self._taker = TurnTaker(TurnRules(False, THRESHOLD, silence, preroll, tail, min_speech, longest))
         self._resampler = Resampler()
         self._heard = 0
         self.started: list[tuple[float, float]] = []  # (seconds of audio that it took, when they had been sent)
@@ -227,9 +229,9 @@ async def _beside(work: Any) -> AsyncIterator[None]:
     finally:
         if not task.done():
             task.cancel()
-        (outcome,) = await asyncio.gather(task, return_exceptions=True)
-    if isinstance(outcome, Exception):
-        raise outcome
+        await asyncio.wait([task])
+    if not task.cancelled():
+        task.result()
 
 
 async def barge_in(
