@@ -17,6 +17,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -237,7 +238,7 @@ async def _beside(work: Any) -> AsyncIterator[None]:
 async def barge_in(
     url: str, wavs: Sequence[np.ndarray], number: int, sessions: int, most_sec: float, seed: int, api_key: str | None
 ) -> Found:
-    """`number` interruptions, spread over sessions that run at once."""
+    """`number` interruptions, spread over sessions that run at once; how far they are is told on stderr."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     async def call(index: int) -> Found:
@@ -249,6 +250,7 @@ async def barge_in(
             return await caller.interrupt(share, most_sec)
 
     found = Found()
-    for each in await asyncio.gather(*(call(index) for index in range(sessions))):
-        found.add(each)
+    for talk in asyncio.as_completed([call(index) for index in range(sessions)]):
+        found.add(await talk)
+        print(f"{len(found.barge_ins)} of {number} interruptions", file=sys.stderr, flush=True)
     return found

@@ -193,7 +193,7 @@ def summary(sessions: Sequence[Sequence[Turn]]) -> dict[str, Any]:
     """Everything that was measured.
 
     `end_to_audio_ms` is from the last sample of speech sent to the first sample received, `stop_to_audio_ms` the same
-    without the silence that ends a turn; `gap_ms` is between chunks; before a late chunk a player ran dry that began at once.
+    without the silence that ends a turn; `gap_ms` is between chunks; a late chunk left a player dry that began at once.
     """
     turns = [turn for talked in sessions for turn in talked]
     answered = [turn for turn in turns if turn.arrivals]

@@ -241,7 +241,8 @@ def hour(options: argparse.Namespace) -> dict[str, Any]:
 
     settle_threads(options.threads)
     wavs = [read_question(path) for path in options.questions]
-    live = SessionOptions(max_session_sec=1e9, max_context_positions=options.max_context_positions)
+    sampling = {"solver": "euler", "num_steps": 1, "guidance": 1.0} if options.one_jump else None
+    live = SessionOptions(sampling=sampling, max_session_sec=1e9, max_context_positions=options.max_context_positions)
     minutes: list[Minute] = []
     print(
         f"{'minute':>6}{'turns':>7}{'steps':>7}{'ms/step':>9}{'CPU':>7}{'read':>7}{'listen':>8}{'MB':>8}{'cached':>8}"
@@ -272,6 +273,9 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     talk = kinds.add_parser("hour", help="one conversation that goes on and on")
     talk.add_argument("--minutes", type=int, default=60, help="of conversation (default: 60)")
     talk.add_argument("--max-context-positions", type=int, help="what is remembered (default: as the sessions have it)")
+    talk.add_argument(
+        "--one-jump", action="store_true", help="draw speech in one step without guidance: what grows weighs more"
+    )
     talk.add_argument("--threads", type=int, help="that the model computes on (default: one core is left free)")
     for each in (barge, talk):
         each.add_argument("--model", help="model folder (default: the model in the box)")

@@ -42,7 +42,7 @@ function lamp(id, active, text) {
   at(id).textContent = text;
 }
 
-const problem = (text) => line("error", "problem", text);
+const problem = (text) => text && line("error", "problem", text);
 
 function showMicrophone() {
   const free = at("handsfree").checked;
@@ -105,8 +105,8 @@ function withoutSound(error) {
 }
 
 function why({ code, reason }) {
-  if (code === 1006) return "the server does not answer; is it running?";
-  return reason ? `the server closed the connection (${reason.replaceAll("_", " ")})` : `the connection was closed (${code})`;
+  if (reason) return ""; // an error event has told it
+  return code === 1006 ? "the server does not answer; is it running?" : `the connection was closed (${code})`;
 }
 
 function onClosed(detail) {
