@@ -261,8 +261,10 @@ def hour(options: argparse.Namespace) -> dict[str, Any]:
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """The command line; what does not fit together ends the program."""
     parser = Parser(prog="python -m scripts.soak", description="Does it last?")
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    barge = kinds.add_parser("barge_in", help="interruptions at random moments")
+    parser.add_argument(
+        "kind", choices=["barge_in", "hour"], help="interruptions at random moments, or one conversation"
+    )
+    barge = parser.add_argument_group("barge_in")
     barge.add_argument("--num", type=int, default=1000, help="interruptions (default: 1000)")
     barge.add_argument("--sessions", type=int, default=8, help="at once (default: 8)")
     barge.add_argument("--within-sec", type=float, default=2.0, help="after an answer begins (default: 2)")
@@ -270,20 +272,19 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     barge.add_argument("--url", help="ws://host:port/v1/realtime (default: start a server)")
     barge.add_argument("--api-key")
     barge.add_argument("--seed", type=int, default=0)
-    talk = kinds.add_parser("hour", help="one conversation that goes on and on")
+    talk = parser.add_argument_group("hour")
     talk.add_argument("--minutes", type=int, default=60, help="of conversation (default: 60)")
     talk.add_argument("--max-context-positions", type=int, help="what is remembered (default: as the sessions have it)")
     talk.add_argument(
         "--one-jump", action="store_true", help="draw speech in one step without guidance: what grows weighs more"
     )
     talk.add_argument("--threads", type=int, help="that the model computes on (default: one core is left free)")
-    for each in (barge, talk):
-        each.add_argument("--model", help="model folder (default: the model in the box)")
-        each.add_argument("--questions", nargs="+", default=sorted(map(str, QUESTIONS.glob("*"))), metavar="WAV")
-        each.add_argument("--out", type=Path, help="folder for the numbers (JSON) and the plot")
+    parser.add_argument("--model", help="model folder (default: the model in the box)")
+    parser.add_argument("--questions", nargs="+", default=sorted(map(str, QUESTIONS.glob("*"))), metavar="WAV")
+    parser.add_argument("--out", type=Path, help="folder for the numbers (JSON) and the plot")
     options = parser.parse_args(args)
     for name in ("num", "sessions", "minutes", "threads"):
-        value = getattr(options, name, None)
+        value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name} is {value}: it must be at least 1")
     return options

@@ -78,7 +78,8 @@ def recordable(engine: Engine, **options: Any) -> Server:
 @contextmanager
 def browser(microphone: Path | None = None, allowed: bool = True) -> Iterator[Any]:
     arguments = ["--no-sandbox", "--disable-gpu", "--autoplay-policy=no-user-gesture-required"]
-    arguments += ["--use-fake-ui-for-media-stream" if allowed else "--deny-permission-prompts"]
+    refused = ["--deny-permission-prompts", "--use-fake-device-for-media-stream"]
+    arguments += ["--use-fake-ui-for-media-stream"] if allowed else refused
     if microphone is not None:
         arguments += ["--use-fake-device-for-media-stream", f"--use-file-for-fake-audio-capture={microphone}%noloop"]
     with playwright.sync_playwright() as tools:
@@ -225,12 +226,15 @@ def test_a_question_is_understood_and_the_answer_too(tmp_path: Path) -> None:
     assert word_error_rate([text], [recognised]).rate <= 1 / 3, f"{recognised!r} was heard instead of {text!r}"
 
 
-def test_without_a_microphone_typing_works(engine: Engine) -> None:
-    with serving(recordable(engine)) as port, browser(allowed=False) as chromium:
+@pytest.mark.parametrize("there", [True, False])
+def test_without_a_microphone_typing_works(engine: Engine, there: bool) -> None:
+    """Refused, or not there at all."""
+    why = "the browser was not allowed to use the microphone" if there else "no microphone was found"
+    with serving(recordable(engine)) as port, browser(allowed=not there) as chromium:
         watched = Watched(chromium, port)
         watched.page.click("#talk")
         watched.page.wait_for_selector("#log li.error")
-        assert "not allowed to use the microphone; typing works" in watched.page.inner_text("#log li.error")
+        assert f"{why}; typing works" in watched.page.inner_text("#log li.error")
         assert watched.page.inner_text("#heard") == "silent" and watched.page.inner_text("#status") == "connected"
         watched.type("hello")
         watched.until(lambda: watched.got("response.done"))
