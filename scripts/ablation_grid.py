@@ -41,7 +41,7 @@ PER_RUN = ("seed", "output_dir")  # set by the runner for each run
 HARMLESS = ("log_every", "eval_every", "save_every", "keep_checkpoints", "num_threads", "wandb", "compile")
 CHECKPOINTS = (  # settings that name a folder
     *("options.model", "options.parts.llm", "options.parts.encoder", "options.parts.speech_tokenizer"),
-    *("options.tokenizer", "options.vocoder"),
+    *("options.parts.projector", "options.tokenizer", "options.vocoder"),
 )
 INCIDENTAL = re.compile(r"(^|\.)(_name_or_path|name_or_path|transformers_version|architectures|dtype|torch_dtype)$")
 
