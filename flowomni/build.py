@@ -50,7 +50,7 @@ def assemble(
     whole = functools.cache(lambda path: load_model(path)[0])  # a model may give several parts
     language_model = whole(llm).llm if is_whole_model(llm) else _load(AutoModelForCausalLM, llm, "llm")
     text_tokenizer = load_text_tokenizer(llm)
-    voice = (
+    voice: Any = (
         whole(speech_tokenizer).speech_tokenizer
         if is_whole_model(speech_tokenizer)
         else _load(AutoModel, speech_tokenizer, "speech_tokenizer")

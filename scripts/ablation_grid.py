@@ -80,6 +80,7 @@ class Grid:
         max_head_mismatch: largest share by which a head's parameters may differ from the reference's; None: any.
         sec_per_step: known seconds of a step, by cell.
         launch: arguments of `accelerate launch`.
+        base: the file that the cells are deltas of.
         judge: what the cells are asked.
         pair: the two cells that matter most, continuous first; None: chosen by the report.
     """
@@ -92,6 +93,7 @@ class Grid:
     max_head_mismatch: float | None
     sec_per_step: dict[str, float]
     launch: tuple[str, ...]
+    base: str = ""
     judge: JudgeOptions = JudgeOptions()
     pair: tuple[str, str] | None = None
 
@@ -146,8 +148,10 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
-GRID_KEYS = ("base", "name", "folder", "reference", "seeds", "cells", "max_head_mismatch", "sec_per_step", "launch")
-GRID_KEYS += ("judge", "pair")
+GRID_KEYS = (
+    *("base", "name", "folder", "reference", "seeds", "cells", "max_head_mismatch", "sec_per_step", "launch"),
+    *("judge", "pair"),
+)
 CELL_KEYS = ("set", "varies", "seeds", "sampling")
 LAUNCH = ("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
 
@@ -192,6 +196,7 @@ def read_grid(path: str | Path) -> Grid:
         max_head_mismatch=values.get("max_head_mismatch", 0.1),
         sec_per_step={n: float(known) for n in names} if isinstance(known, int | float) else dict(known),
         launch=tuple(map(str, values.get("launch", LAUNCH))),
+        base=str(file.parent / str(values["base"])),
         judge=judge,
         pair=pair,
     )

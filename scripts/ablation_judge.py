@@ -302,7 +302,7 @@ class Judge:
 
     def costs(self, measure: bool) -> dict[str, dict[str, Any]]:
         """What speech costs in each cell that has a finished run; where that is not known, nothing, or measured now."""
-        runs = {}
+        runs: dict[str, tuple[Cell, Path]] = {}
         for cell in self.grid.cells:
             done = [self.grid.run_folder(cell, seed) for seed in cell.seeds]
             done = [folder for folder in done if (folder / "final").is_dir()]
