@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from flowomni.api import Answer, FlowOmni
-from flowomni.evaluation import Heard, Listeners, word_error_rate
+from flowomni.evaluation import Dnsmos, Recogniser, Workers, word_error_rate
 from flowomni.evaluation.resynthesis import mel_distance, word_information
 from flowomni.evaluation.speaker import SpeakerEncoder, speaker_network
 from flowomni.tokenizers.mel import MelConfig, MelFront
@@ -34,12 +35,16 @@ from scripts.ablation_grid import Cell, Checked, Grid
 from scripts.ablation_questions import HEARD, OF_EARS, SPEAK, TYPED, VOICE, VOICE_SHIFTS, Condition, questions_of
 from scripts.ablation_voice import altered, measure_cost, through_the_voice
 from scripts.evaluate import write_text
+from scripts.tokenizer_conditions import spread
 from training.manifest import Conversation, read_manifest
 from training.recordings import read_recording
 from training.stages.speech import TASKS, SpeechOptions
 
 JUDGED = "judged"
 REFERENCE_RATE_HZ = 24_000
+Sound = tuple[np.ndarray, int, bool]  # wav_S, its rate in Hz, whether its DNSMOS is wanted
+Heard = tuple[str, float | None]  # its words, its DNSMOS
+Listeners = Workers[Sound, Heard]
 NUM_KEPT, NUM_KEPT_SHIFTED = 4, 1  # answers of a condition that are kept as sound
 GUESSED_SEC = 0.8  # an answer takes, until one has been judged
 FORMAT = 1
@@ -179,7 +184,7 @@ class Judge:
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Do what is left, and write it down as it is done. A run that cannot be judged is named; the others go on."""
-        with Listeners(self.words, self.num_workers, with_open=False) as listeners:
+        with Workers(partial(Ear, self.words), self.num_workers) as listeners:
             references = self._references(listeners)
             for number, task in enumerate(tasks, 1):
                 label = f"[{number}/{len(tasks)}] {task.cell.name}, seed {task.seed}"
@@ -218,7 +223,12 @@ class Judge:
             answers = omni.answers(
                 condition.questions, batch_size=self.grid.judge.batch_size, seed=sample, sampling=task.cell.sampling
             )
-            for item, answer, heard in zip(condition.items, answers, listeners(_clips(answers)), strict=True):
+            scored = self._scored(condition) if not sample else set()
+            sounds = [
+                (answer.wav_S, answer.sample_rate_hz, item.id in scored)
+                for item, answer in zip(condition.items, answers, strict=True)
+            ]
+            for item, answer, heard in zip(condition.items, answers, listeners(sounds), strict=True):
                 row = _row(item, answer.text, answer.wav_S, answer.sample_rate_hz, heard)
                 row |= {"sample": sample, "reference_sec": reference_sec[item.id]}
                 row |= {"stopped": bool(answer.states) and answer.states[-1] in STOPPED}
@@ -234,6 +244,10 @@ class Judge:
             next(row for row in rows if row["id"] == item.id)["kept"] = f"{_slug(condition.name)}-{index}.flac"
         return rows
 
+    def _scored(self, condition: Condition) -> set[str]:
+        """Questions whose answers are given a DNSMOS."""
+        return set() if condition.shift else set(spread(condition.ids, self.grid.judge.num_quality))
+
     def _shift_voice(self, omni: FlowOmni, task: Task, listeners: Listeners) -> list[dict[str, Any]]:
         rate = omni.sample_rate_hz
         rows = []
@@ -242,8 +256,8 @@ class Judge:
             for item in self.of_voice:
                 for name, wav_S in through_the_voice(omni, item, shift, task.cell.sampling, self.task).items():
                     names.append((item, name))
-                    clips.append((wav_S, rate))
-            for (item, name), (wav_S, _), heard in zip(names, clips, listeners(clips), strict=True):
+                    clips.append((wav_S, rate, False))
+            for (item, name), (wav_S, *_), heard in zip(names, clips, listeners(clips), strict=True):
                 row = _row(item, item.answer.text, wav_S, rate, heard) | {"version": name, "shift": shift.name}
                 rows.append(row | {"mel_distance": mel_distance(altered(item, shift, rate), wav_S, rate)})
         return rows
@@ -272,7 +286,9 @@ class Judge:
         places: list[tuple[str, Conversation]] = [(c.name, item) for c in self.conditions for item in c.items]
         recordings = list(dict.fromkeys(item.answer.audio for _, item in places if item.answer.audio))
         wavs = {recording: read_recording(recording, REFERENCE_RATE_HZ).wav_S for recording in recordings}
-        heard = dict(zip(wavs, listeners([(wav_S, REFERENCE_RATE_HZ) for wav_S in wavs.values()]), strict=True))
+        scored = {i.answer.audio for c in self.conditions for i in c.items if i.id in self._scored(c)}
+        sounds = [(wav_S, REFERENCE_RATE_HZ, recording in scored) for recording, wav_S in wavs.items()]
+        heard = dict(zip(wavs, listeners(sounds), strict=True))
         embedded = {}
         if self.speaker is not None:
             each = {recording: self.speaker.embed(wav_S, REFERENCE_RATE_HZ) for recording, wav_S in wavs.items()}
@@ -288,8 +304,8 @@ class Judge:
                 row |= {"speaker": float(embedded[recording] @ mean_E), "mean": mean_E.round(6).tolist()}
             rows.append(row)
         for shift in VOICE_SHIFTS if self.of_voice else ():
-            clips = [(altered(item, shift, REFERENCE_RATE_HZ), REFERENCE_RATE_HZ) for item in self.of_voice]
-            for item, (wav_S, rate), each_heard in zip(self.of_voice, clips, listeners(clips), strict=True):
+            clips = [(altered(item, shift, REFERENCE_RATE_HZ), REFERENCE_RATE_HZ, False) for item in self.of_voice]
+            for item, (wav_S, rate, _), each_heard in zip(self.of_voice, clips, listeners(clips), strict=True):
                 rows.append(_row(item, item.answer.text, wav_S, rate, each_heard) | {"of": f"{VOICE} {shift.name}"})
         first = True  # one copy of the mean voice is enough
         for row in rows:
@@ -350,19 +366,32 @@ class Judge:
         return found
 
     def _key_of_run(self, cell: Cell, folder: Path) -> dict[str, Any]:
-        return _run_key(cell, folder) | {"batch_size": self.grid.judge.batch_size, "words": _hash(self.words)}
+        options = self.grid.judge
+        key = {"batch_size": options.batch_size, "num_quality": options.num_quality, "words": _hash(self.words)}
+        return _run_key(cell, folder) | key
 
     def _voice_key(self) -> dict[str, Any]:
         return {"task": self.task, "ids": [item.id for item in self.of_voice], "shifts": [s.name for s in VOICE_SHIFTS]}
 
     def _reference_key(self) -> dict[str, Any]:
-        asked = {condition.name: condition.ids for condition in self.conditions}
-        return {"format": FORMAT, "words": _hash(self.words), "asked": asked, **self._voice_key()} | {
-            "with_speaker": self.speaker is not None
-        }
+        key: dict[str, Any] = {"format": FORMAT, "words": _hash(self.words), "with_speaker": self.speaker is not None}
+        key |= {"asked": {c.name: c.ids for c in self.conditions}, "num_quality": self.grid.judge.num_quality}
+        return key | self._voice_key()
 
 
 # --------------------------------------------------------------------------------------------------------------- a clip
+
+
+class Ear:
+    """Hears one clip after the other: its words, by a loop over `words`, and its DNSMOS where that is wanted."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._recogniser, self._dnsmos = Recogniser(words), Dnsmos()
+
+    def __call__(self, sound: Sound) -> Heard:
+        wav_S, rate, with_quality = sound
+        dnsmos = self._dnsmos.score(wav_S, rate).overall if with_quality else None
+        return self._recogniser.recognise(wav_S, rate), dnsmos
 
 
 def distance(first_S: np.ndarray, second_S: np.ndarray, sample_rate_hz: int) -> float | None:
@@ -382,23 +411,20 @@ def distance(first_S: np.ndarray, second_S: np.ndarray, sample_rate_hz: int) -> 
     return float((mels[0] - stretched).abs().mean())
 
 
-def _clips(answers: Sequence[Answer]) -> list[tuple[np.ndarray, int]]:
-    return [(answer.wav_S, answer.sample_rate_hz) for answer in answers]
-
-
 def _row(item: Conversation, text: str, wav_S: np.ndarray, rate: int, heard: Heard) -> dict[str, Any]:
     """What is kept of one clip."""
     right = item.answer.text
-    own_errors, right_errors = (word_error_rate([words], [heard.loop]) for words in (text, right))
-    information = word_information([right], [heard.loop])
+    words, dnsmos = heard
+    own_errors, right_errors = (word_error_rate([wanted], [words]) for wanted in (text, right))
+    information = word_information([right], [words])
     return {
         "id": item.id,
         "family": item.family,
         "right": right,
         "text": text,
-        "heard": heard.loop,
+        "heard": words,
         "answer_sec": len(wav_S) / rate,
-        "dnsmos": heard.quality.overall,
+        "dnsmos": dnsmos,
         "own_errors": float(own_errors.errors_N[0]),
         "own_words": float(own_errors.words_N[0]),
         "right_errors": float(right_errors.errors_N[0]),

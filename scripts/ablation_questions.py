@@ -14,7 +14,7 @@ Shapes: S samples.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -44,8 +44,10 @@ class JudgeOptions:
         manifest: of the questions; None: the reference cell's.
         split: of the manifest.
         num_questions: of each condition that is not altered.
-        num_shifted: of each altered condition, and of the target voice's.
-        num_samples: seeds of the sampling, for each question that is not altered; an altered one is asked once.
+        num_shifted: of each altered condition, of other voices, and of the target voice.
+        num_samples: how often the questions of the first condition are asked, each time with another seed of the
+            sampling; the others are asked once.
+        num_quality: answers of each condition that is not altered whose DNSMOS is taken, which is slow.
         num_turns: of the timing; 0: none.
         batch_size: questions answered at once.
         seed: of noise and intervals.
@@ -54,9 +56,10 @@ class JudgeOptions:
     conditions: list[str] = field(default_factory=list)
     manifest: str | None = None
     split: str = "test"
-    num_questions: int = 32
-    num_shifted: int = 16
+    num_questions: int = 24
+    num_shifted: int = 12
     num_samples: int = 2
+    num_quality: int = 12
     num_turns: int = 5
     batch_size: int = 16
     seed: int = 0
@@ -65,7 +68,7 @@ class JudgeOptions:
         for name in self.conditions:
             if name not in KINDS:
                 raise ValueError(f"judge.conditions has {name!r}; known: {', '.join(KINDS)}")
-        for name in ("num_questions", "num_shifted", "num_samples", "batch_size"):
+        for name in ("num_questions", "num_shifted", "num_samples", "num_quality", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"judge.{name} is {getattr(self, name)}; it must be at least 1")
         if self.num_turns < 0 or self.seed < 0:
@@ -126,21 +129,21 @@ def questions_of(options: JudgeOptions, manifest: str, kinds: Sequence[str]) -> 
     trained = [item for item in heard if item.voice_group not in ("unseen", "human", "unseen_human")]
     num, num_shifted = options.num_questions, options.num_shifted
     found = [
-        Condition(SPEAK, SPEAK, tuple(spread(_once(items, lambda item: item.answer.text), num)), options.num_samples),
+        Condition(SPEAK, SPEAK, tuple(spread(_once(items, lambda item: item.answer.text), num))),
         Condition(
             TYPED,
             TYPED,
             tuple(spread(_once([i for i in items if i.question.text], lambda item: item.question.text), num)),
-            options.num_samples,
         ),
-        Condition(HEARD, HEARD, tuple(spread(trained, num)), options.num_samples),
+        Condition(HEARD, HEARD, tuple(spread(trained, num))),
     ]
     for shift in HEARD_SHIFTS:
         found.append(Condition(shift.name, SHIFTED, tuple(spread(trained, num_shifted)), 1, shift, options.seed))
     for name, group in UNSEEN.items():
         some = [item for item in heard if item.voice_group == group]
-        found.append(Condition(name, name, tuple(spread(some, num)), options.num_samples))
-    return [condition for condition in found if condition.kind in kinds and condition.items]
+        found.append(Condition(name, name, tuple(spread(some, num_shifted))))
+    found = [condition for condition in found if condition.kind in kinds and condition.items]
+    return [replace(found[0], num_samples=options.num_samples), *found[1:]] if found else []
 
 
 def _once(items: Sequence[Conversation], text_of: Callable[[Conversation], str]) -> list[Conversation]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from .listening import Clip, Heard, Listener, Listeners, listen
+from .listening import Clip, Heard, Listener, Workers, listen
 from .metrics import Interval, WordErrors, bootstrap_interval, right_share, word_error_rate
 from .quality import Dnsmos, Quality
 from .recognise import Recogniser
@@ -17,10 +17,10 @@ __all__ = [
     "Heard",
     "Interval",
     "Listener",
-    "Listeners",
     "Quality",
     "Recogniser",
     "WordErrors",
+    "Workers",
     "bootstrap_interval",
     "hear",
     "listen",
