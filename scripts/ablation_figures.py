@@ -52,6 +52,7 @@ def forest_figure(found: Report, condition: str) -> Figure | None:
         axes.set_title(f"{score.heading}, {score.better} is better", fontsize=9)
         axes.tick_params(labelsize=8)
     panels[0].set_yticks(range(len(others)), others)
+    panels[0].set_ylim(-0.6, len(others) - 0.4)
     panels[0].invert_yaxis()
     return figure
 
@@ -64,14 +65,15 @@ def shift_figure(found: Report) -> Figure | None:
     figure = _figure(11, 6.4)
     panels = figure.subplots(2, len(AXES), sharex="col", sharey="row")
     for row, name in zip(panels, names, strict=True):
-        for axes, (kind, label) in zip(row, AXES.items(), strict=True):
+        for axes, kind in zip(row, AXES, strict=True):
             conditions = {shift.name: shift.amount for shift in HEARD_SHIFTS if shift.kind == kind}
             conditions[HEARD] = UNALTERED[kind]
             for index, cell in enumerate(found["cells"]):
                 _curve(axes, found["conditions"], conditions, cell, name, 100, index)
-            axes.set_xlabel(label)
             axes.set_title(f"heard {kind}", fontsize=10)
         row[0].set_ylabel(SCORES[name].heading)
+    for axes, label in zip(panels[-1], AXES.values(), strict=True):
+        axes.set_xlabel(label)
     _noise_axis(panels[0, list(AXES).index("noise")], [s.amount for s in HEARD_SHIFTS if s.kind == "noise"])
     panels[0, -1].legend(fontsize=7, frameon=False)
     return figure
@@ -91,9 +93,10 @@ def voice_figure(found: Report) -> Figure | None:
             for index, cell in enumerate(found["cells"]):
                 _curve(axes, found["voice"], conditions, cell, "wer_right", 100, index)
             _recordings(axes, found["voice"], conditions)
-            axes.set_xlabel(AXES[kind])
             axes.set_title(f"the voice's {kind}, after the {version}", fontsize=10)
         row[0].set_ylabel(VOICE_SCORES["wer_right"].heading)
+    for axes, kind in zip(panels[-1], kinds, strict=True):
+        axes.set_xlabel(AXES[kind])
     panels[0, -1].legend(fontsize=7, frameon=False)
     return figure
 
@@ -114,8 +117,14 @@ def _curve(
             points.append((amount, *(factor * each["value"][key] for key in ("value", "low", "high"))))
     if points:
         amount_P, value_P, low_P, high_P = np.array(sorted(points)).T
-        axes.plot(amount_P, value_P, marker=MARKERS[index % len(MARKERS)], markersize=4, linewidth=1.4, label=cell)
-        axes.fill_between(amount_P, low_P, high_P, alpha=0.08, linewidth=0)
+        look: dict[str, Any] = {
+            "marker": MARKERS[index % len(MARKERS)],
+            "markersize": 4,
+            "linewidth": 1.4,
+            "color": f"C{index}",
+        }
+        axes.plot(amount_P, value_P, label=cell, **look)
+        axes.fill_between(amount_P, low_P, high_P, alpha=0.08, linewidth=0, color=f"C{index}")
         axes.tick_params(labelsize=8)
 
 

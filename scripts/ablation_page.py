@@ -15,7 +15,7 @@ from flowomni.evaluation import Interval
 from scripts.ablation_figures import figures
 from scripts.ablation_judge import JUDGED, Judged
 from scripts.ablation_questions import HEARD, SPEAK, TYPED
-from scripts.ablation_report import main_condition, named_settings, shown
+from scripts.ablation_report import RELATIVE, main_condition, named_settings, shown
 from scripts.ablation_scores import SCORES, VOICE_SCORES, Score, excludes_zero
 from scripts.evaluation_page import page, player, table
 from scripts.tokenizer_page import png
@@ -23,7 +23,8 @@ from scripts.tokenizer_page import png
 MAX_AUDIO_BYTES = 6_000_000
 NUM_ROWS = 12  # questions to listen to
 PARTS = (("supported", "What the data support"), ("unsupported", "What they do not"), ("limits", "What limits them"))
-STYLE = """<style>.good { color: #06752a; font-weight: 600; } .bad { color: #b00020; font-weight: 600; }
+STYLE = """<style>body { max-width: 1600px; font-size: 14px; } th, td { padding: .25em .5em; }
+.good { color: #06752a; font-weight: 600; } .bad { color: #b00020; font-weight: 600; }
 td small { display: block; } details { margin: 1em 0; } summary { cursor: pointer; }
 img { max-width: 100%; } li { margin: .3em 0; max-width: 62em; } p { max-width: 62em; }
 .listen audio { width: 150px; }</style>"""
@@ -43,7 +44,7 @@ def report_page(found: Report, judged: Judged, others: Sequence[Report], tried: 
         if found["says"][key]:
             lines = "".join(f"<li>{html.escape(text)}</li>" for text in found["says"][key])
             parts.append(f"<h2>{title}</h2><ul>{lines}</ul>")
-    parts += [_differs(found), _budgets(found), _cost(found)]
+    parts += [_pair(found), _differs(found), _budgets(found), _cost(found)]
     drawn = {title: _picture(png(figure)) for title, figure in figures(found, main).items()}
     for name in (SPEAK, TYPED, HEARD):
         if name in found["conditions"]:
@@ -68,8 +69,8 @@ def _about(found: Report) -> str:
         f"{len(found['cells'])} cells of {found['config']}, compared with {found['reference']}. In brackets: 95 % "
         "bootstrap interval, over questions and training seeds drawn anew; differences (second line of a cell, with "
         "colour where the interval excludes zero) are paired by question and by seed.",
-        f"Up to {judge['num_questions']} held-out questions of split {judge['split']} a condition, each asked "
-        f"{judge['num_samples']} times; {judge['num_shifted']} altered ones, once.",
+        f"Up to {judge['num_questions']} held-out questions of split {judge['split']} a condition, "
+        f"{judge['num_shifted']} of those that are altered or of other voices.",
         "WER own: recognised speech against the model's own text. WER right, WIL: against the right answer. Speaker: "
         "cosine of the voice's embedding with the mean of the recordings'. Early stop: speech shorter than half of the "
         "recording, or than three quarters of it without its last word. No stop: speech went on to the step limit. "
@@ -80,6 +81,24 @@ def _about(found: Report) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
+
+
+def _pair(found: Report) -> str:
+    """The central pair: word errors of both, their difference, and the difference as a share."""
+    pair = found["pair"]
+    if pair is None:
+        return ""
+    first, second = pair["cells"]
+    rows = []
+    for name, scores in pair["conditions"].items():
+        for key, each in scores.items():
+            score, cells = SCORES[key], found["conditions"][name]["cells"]
+            values = [shown(cells[cell][key]["value"], score) for cell in (first, second)]
+            share = "-" if each["relative"] is None else shown(each["relative"], RELATIVE, signed=True)
+            rows.append([name, score.heading, *values, shown(each["difference"], score, signed=True), share])
+    headings = ["", "", first, second, f"{first} less {second}", "relative %"]
+    text = f"The pair: {pair['how']}. Differences on training seeds {', '.join(map(str, pair['seeds']))}."
+    return table(f"{first} against {second}", headings, rows) + f"<p>{html.escape(text)}</p>"
 
 
 def _differs(found: Report) -> str:

@@ -27,7 +27,7 @@ from scripts.ablation_scores import (
 )
 
 BUDGETS = {"step": "steps", "num_tokens": "tokens", "train_sec": "seconds"}
-PAIR_SCORES = ("wer_own", "wer_right")
+PAIR_SCORES = {"wer_own": "its own text", "wer_right": "the right answer"}
 HARD = "noise 5 dB"
 UNEQUAL = 0.05  # share by which budgets may differ without a word about it
 PUBLISHED_COST_RATIO = 12.3
@@ -277,18 +277,22 @@ def _about_pair(found: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     if pair is None:
         return [], ["There is no pair of a continuous and a discrete cell to compare."]
     first, second = pair["cells"]
-    for name, scores in pair["conditions"].items():
-        for score, each in scores.items():
-            relative, absolute = each["relative"], each["difference"]
-            which = "its own text" if score == "wer_own" else "the right answer"
-            points = f"{shown(absolute, SCORES[score], True)} points"
-            share = "" if relative is None else f", {shown(relative, RELATIVE, True)} % relative"
-            text = f"{name}: WER against {which} of {first} less that of {second} is {points}{share}"
-            if not excludes_zero(Interval(**absolute)):
-                texts[1].append(f"{text}: the interval holds zero, so neither is shown to be better.")
+    for score, which in PAIR_SCORES.items():
+        shown_at: dict[str, list[str]] = {}
+        for name, scores in pair["conditions"].items():
+            if score not in scores:
+                continue
+            relative, absolute = scores[score]["relative"], scores[score]["difference"]
+            text = f"{name} {shown(absolute, SCORES[score], True)}"
+            text += "" if relative is None else f" ({shown(relative, RELATIVE, True)} % relative)"
+            better = first if absolute["value"] < 0 else second
+            shown_at.setdefault(better if excludes_zero(Interval(**absolute)) else "", []).append(text)
+        what = f"WER against {which} of {first} less that of {second}, in points"
+        for better, some in shown_at.items():
+            if better:
+                texts[0].append(f"{what}, excludes zero in favour of {better}: {'; '.join(some)}.")
             else:
-                better = first if absolute["value"] < 0 else second
-                texts[0].append(f"{text}: the interval excludes zero, in favour of {better}.")
+                texts[1].append(f"{what}, holds zero, so neither is shown to be better: {'; '.join(some)}.")
     return texts
 
 
