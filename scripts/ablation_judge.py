@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -330,11 +331,12 @@ class Judge:
         rows = _read(self.grid.folder, "costs", key)
         if rows is None and measure:
             began = time.perf_counter()
+            load = round(os.getloadavg()[0], 2)
             print("measuring what speech costs ...", flush=True)
             models = {n: (FlowOmni.from_pretrained(f / "final"), c.sampling) for n, (c, f) in runs.items()}
             text = self.conditions[0].items[0].answer.text
             found = measure_cost(models, text, self.grid.judge.num_turns)
-            rows = [{"cell": name, **cost} for name, cost in found.items()]
+            rows = [{"cell": name, **cost, "load_average": load} for name, cost in found.items()]
             _write(self.grid.folder, "costs", key, rows, time.perf_counter() - began)
         return {row["cell"]: row for row in rows or ()}
 

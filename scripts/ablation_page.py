@@ -174,7 +174,8 @@ def _cost(found: Report) -> str:
         return ""
     headings = ["", "head", "of all turns", "whole", "of all turns", "head's share %", "times real time"]
     title = "Milliseconds of computing for one second of speech, one stream (median over alternating turns)"
-    return table(title, headings, rows)
+    load = next(cell["cost"]["load_average"] for cell in found["cells"].values() if cell["cost"])
+    return table(title, headings, rows) + f"<p>Load average of the machine before: {load}.</p>"
 
 
 def _scores(found: Report, part: str, name: str, scores: Mapping[str, Score]) -> str:

@@ -33,7 +33,7 @@ from training.manifest import Conversation
 from training.recordings import read_recording
 
 TOKENIZER, HEAD = "tokenizer", "head"
-NUM_TIMED_STEPS = 40
+NUM_TIMED_STEPS = 24
 NEVER_STOPS = 1.0 - 1e-9
 
 
