@@ -88,6 +88,11 @@ def is_whole_model(path: str) -> bool:
     return isinstance(values, dict) and values.get("model_type") == FlowOmniConfig.model_type
 
 
+def load_part_tokenizer(path: str) -> Any:
+    """The speech tokenizer of a folder or Hub id, which may hold that alone or a whole FlowOmni model."""
+    return load_model(path)[0].speech_tokenizer if is_whole_model(path) else _load(AutoModel, path, "speech_tokenizer")
+
+
 def _ears(whole: Callable[[str], Any], path: str) -> SpeechEncoder:
     if not is_whole_model(path):
         return SpeechEncoder.from_pretrained(path)

@@ -44,8 +44,11 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--silence", type=float, default=0.5, help="seconds of silence that end a turn (default: 0.5)")
     parser.add_argument("--no-barge-in", action="store_true", help="speaking does not interrupt the model")
     parser.add_argument("--temperature", type=float, help="of the sampled speech; 0 is no noise (default: the model's)")
+    parser.add_argument("--threads", type=int, help="that the model computes on (default: one core is left free)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same voice (default: 0)")
     options = parser.parse_args(args)
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads is {options.threads}: it must be at least 1")
     if options.fast and not options.wav:
         parser.error("--fast needs --wav FILE: a microphone has its own time")
     if options.out and (options.out.suffix.lower() not in (".wav", ".flac") or not options.out.parent.is_dir()):
@@ -258,8 +261,10 @@ def chat(options: argparse.Namespace) -> None:
     from flowomni.audio import read_audio
 
     from .engine import Engine
+    from .threads import settle_threads
 
     heard = read_audio(options.wav, 16_000) if options.wav else None
+    settle_threads(options.threads)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     omni = FlowOmni.from_pretrained(options.model)

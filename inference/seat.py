@@ -49,7 +49,7 @@ from .listening import (
 )
 from .session import Session, SessionOptions, new_id
 
-MAX_CONTEXT_POSITIONS = 2048
+MAX_CONTEXT_POSITIONS = 1024  # 80 s of speech: a step must not cost much more late in a conversation than early
 _SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of one session's answers; odd, so that they all differ
 
 

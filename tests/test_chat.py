@@ -18,7 +18,7 @@ import torch
 from flowomni.streams import SpeechState
 from inference import chat
 from inference.chat import Player
-from tests.test_session import QUESTIONS, question, quiet
+from tests.conversing import QUESTIONS, question, quiet
 from tests.tiny import INSTRUCTIONS, tiny_model
 
 ROOT = Path(__file__).parent.parent

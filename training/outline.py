@@ -179,7 +179,7 @@ def _part(config: Any, name: str) -> Any:
 
 
 def _tokenizer_config(sizes: Sizes, path: str, what: str) -> MelTokenizerConfig:
-    config = sizes.of(path, what)
+    config = _part(sizes.of(path, what), "speech_tokenizer")
     if not isinstance(config, MelTokenizerConfig):
         raise ValueError(f"{what}: {path!r} holds a {config.model_type!r} model, not a mel tokenizer")
     return config
