@@ -130,7 +130,9 @@ class Judge:
         self.kinds = kinds_of(grid, cells)
         self.task = "speak" if SPEAK in self.kinds else "answer"
         self.manifest = manifest_of(grid)
-        self.conditions = questions_of(grid.judge, self.manifest, self.kinds)
+        trained = grid.cell(grid.reference).content["options"].get("families") or {}
+        families = grid.judge.families or [name for name, share in trained.items() if share > 0]
+        self.conditions = questions_of(grid.judge, self.manifest, self.kinds, families)
         spoken = next((c for c in self.conditions if c.kind in (SPEAK, TYPED, HEARD)), None)
         if spoken is None:
             raise ValueError(f"{grid.file}: there is nothing to ask: judge.conditions leaves {self.kinds or 'none'}")

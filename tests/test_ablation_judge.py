@@ -156,6 +156,8 @@ def test_all_are_asked_the_same(stage: dict[str, Any]) -> None:
                 assert np.array_equal(question.audio[0], same.audio[0])  # type: ignore[index]
     noisy, clean = by_name["noise 0 dB"].questions, by_name["noise 20 dB"].questions
     assert noisy[0].audio[0].std() > 1.2 * clean[0].audio[0].std()  # type: ignore[index, union-attr]
+    assert not any(item.family != "say" for c in questions_of(options, manifest, kinds, ["say"]) for item in c.items)
+    assert any(item.family != "say" for c in found for item in c.items)
     with pytest.raises(ValueError, match="no answer of split 'valid2'|no conversation of split"):
         questions_of(JudgeOptions(split="valid2"), manifest, kinds)
 
