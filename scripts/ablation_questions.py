@@ -61,7 +61,7 @@ class JudgeOptions:
     num_questions: int = 24
     num_shifted: int = 12
     num_samples: int = 2
-    num_quality: int = 12
+    num_quality: int = 8
     num_turns: int = 5
     batch_size: int = 16
     seed: int = 0
