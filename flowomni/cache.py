@@ -1,78 +1,104 @@
-"""A key-value cache that appends in place and is a value all the same.
+"""Key-value caches with room to grow: a step writes its keys and values in place instead of copying all earlier ones.
 
-transformers' DynamicCache makes every key and value anew at each step, so that a step costs more the longer the
-conversation is. Here they lie in storage with room behind them: who holds the newest state appends into the room; who
-goes on from an older one, which others may have appended to, gets storage of its own. No state ever sees what was
-appended to another.
+**Law.** A cache is still a value. Several caches may share one room, each seeing the positions it had when it was made:
+the one that reaches as far as the room is filled goes on in place; any other, such as an old state that is continued
+a second time, is copied into a room of its own first. So nothing that somebody still holds is ever overwritten.
 
-Shapes: B batch rows, A attention heads, L positions, W width of a head, C positions there is room for.
+Shapes: B rows, N key-value heads, L positions, R rows there is room for, C positions there is room for, W head width.
 """
 
 from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-_LEAST = 64  # positions there is room for at first
+MIN_POSITIONS = 64
 
 
-class _Storage:
-    """Room for keys or values [B, A, C, W], and how many positions of it are taken."""
+@dataclass
+class Room:
+    """Keys and values of one layer, and how many of the C positions are filled (by the longest cache that shares it)."""
 
-    def __init__(self, start_BALW: Tensor, more_BALW: Tensor) -> None:
-        length = start_BALW.shape[2] + more_BALW.shape[2]
-        rows, heads, _, width = more_BALW.shape
-        self.room_BACW = more_BALW.new_empty(rows, heads, max(_LEAST, length + length // 2), width)
-        self.room_BACW[:, :, : start_BALW.shape[2]] = start_BALW
-        self.taken = start_BALW.shape[2]
-
-    def continues(self, start_BALW: Tensor, more_BALW: Tensor) -> bool:
-        """Whether more can be appended here to what a state holds."""
-        room, length = self.room_BACW, start_BALW.shape[2]
-        return (
-            self.taken == length
-            and length + more_BALW.shape[2] <= room.shape[2]
-            and start_BALW.data_ptr() == room.data_ptr()
-            and start_BALW.shape[:2] == more_BALW.shape[:2] == room.shape[:2]
-            and (torch.is_inference_mode_enabled() or not room.is_inference())
-        )
-
-    def append(self, more_BALW: Tensor) -> Tensor:
-        """Everything there is then [B, A, L, W]."""
-        end = self.taken + more_BALW.shape[2]
-        self.room_BACW[:, :, self.taken : end] = more_BALW
-        self.taken = end
-        return self.room_BACW[:, :, :end]
+    keys_RNCW: Tensor
+    values_RNCW: Tensor
+    num_filled: int
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values of one layer."""
+    """transformers' `DynamicLayer`, whose `keys` and `values` [B, N, L, W] are the filled part of a `Room`."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._storage: tuple[_Storage, _Storage] | None = None
+    room: Room | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Append positions; all keys and values."""
-        if torch.is_grad_enabled() and key_states.requires_grad:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values; the arguments that other layers know have no effect."""
+        if key_states.requires_grad:  # what a gradient still needs must not be written over
             return super().update(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        assert self.keys is not None and self.values is not None
-        if self._storage is None or not (
-            self._storage[0].continues(self.keys, key_states) and self._storage[1].continues(self.values, value_states)
-        ):
-            self._storage = _Storage(self.keys, key_states), _Storage(self.values, value_states)
-        self.keys, self.values = self._storage[0].append(key_states), self._storage[1].append(value_states)
+        num_rows, _, num_new, _ = key_states.shape
+        begin = self.get_seq_length()
+        room = self._reserve(key_states, value_states, num_new, num_rows)
+        room.keys_RNCW[:num_rows, :, begin : begin + num_new] = key_states
+        room.values_RNCW[:num_rows, :, begin : begin + num_new] = value_states
+        self.fill(num_new, num_rows)
         return self.keys, self.values
 
+    def reserve(self, num_new: int, num_rows: int) -> Room:
+        """The room of a layer that has read something, free for that many more positions of at least `num_rows` rows."""
+        return self._reserve(self.keys, self.values, num_new, num_rows)
 
-class GrowingCache(DynamicCache):
-    """A cache whose layers are `GrowingLayer`."""
+    def fill(self, num_new: int, num_rows: int) -> None:
+        """Count `num_new` more positions, which were written into the room, as part of this cache."""
+        room = self.room
+        assert room is not None
+        room.num_filled += num_new
+        self.keys = room.keys_RNCW[:num_rows, :, : room.num_filled]
+        self.values = room.values_RNCW[:num_rows, :, : room.num_filled]
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer_class_to_replicate = GrowingLayer
+    def _reserve(self, keys_BNLW: Tensor, values_BNLW: Tensor, num_new: int, num_rows: int) -> Room:
+        """See `reserve`; the tensors say what shape, type and device a new room has."""
+        length, room = self.get_seq_length(), self.room
+        if room is not None and self._owns(room, length) and _fits(room, length + num_new, num_rows):
+            return room
+        capacity = MIN_POSITIONS
+        while capacity < length + num_new:
+            capacity *= 2
+        keys, values = (
+            new.new_zeros(max(num_rows, new.shape[0]), new.shape[1], capacity, new.shape[3])
+            for new in (keys_BNLW, values_BNLW)
+        )
+        if length:
+            keys[: self.keys.shape[0], :, :length] = self.keys
+            values[: self.values.shape[0], :, :length] = self.values
+        self.room = Room(keys, values, length)
+        return self.room
+
+    def _owns(self, room: Room, length: int) -> bool:
+        """Whether this layer's positions are all that the room holds: it may go on in place."""
+        same = length > 0 and self.keys.data_ptr() == room.keys_RNCW.data_ptr()
+        return same and room.num_filled == length and self.keys.stride() == room.keys_RNCW.stride()
+
+
+def _fits(room: Room, num_positions: int, num_rows: int) -> bool:
+    writable = torch.is_inference_mode_enabled() or not room.keys_RNCW.is_inference()
+    return writable and room.keys_RNCW.shape[0] >= num_rows and room.keys_RNCW.shape[2] >= num_positions
+
+
+def growing_cache() -> DynamicCache:
+    """An empty cache; its layers come as they are needed."""
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = GrowingLayer
+    return cache
+
+
+def fork(cache: DynamicCache) -> DynamicCache:
+    """A cache that grows on its own: layers are copied, tensors are shared (see the law above)."""
+    forked = copy.copy(cache)
+    forked.layers = [copy.copy(layer) for layer in cache.layers]
+    return forked

@@ -6,7 +6,6 @@ F Whisper mel frames, T encoder frames, E encoder width, P heard positions, N fl
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaModel, PreTrainedModel
 
-from .cache import GrowingCache
+from .cache import fork, growing_cache
 from .configuration import FlowOmniConfig, LossConfig, OutputBlocksConfig
 from .encoder import CtcAuxiliary, Projector, SpeechEncoder, TextCtcAuxiliary
 from .heads import HeadLoss, build_head
@@ -269,8 +268,8 @@ class FlowOmniModel(PreTrainedModel):
     def init_state(self, batch_size: int) -> ModelState:
         """Empty caches for `batch_size` rows."""
         return ModelState(
-            llm_cache=GrowingCache(),
-            blocks_cache=GrowingCache(),
+            llm_cache=growing_cache(),
+            blocks_cache=growing_cache(),
             mask_BL=torch.zeros(batch_size, 0, dtype=torch.bool, device=self.device),
             num_seen_B=torch.zeros(batch_size, dtype=torch.int64, device=self.device),
         )
@@ -292,7 +291,7 @@ class FlowOmniModel(PreTrainedModel):
         position_BL = (state.num_seen_B.unsqueeze(1) + mask_BL.cumsum(1) - 1).clamp(min=0)
         all_BL = torch.cat([state.mask_BL, mask_BL], dim=1)
         attention = None if bool(all_BL.all()) else all_BL
-        llm_cache, blocks_cache = _fork(state.llm_cache), _fork(state.blocks_cache)
+        llm_cache, blocks_cache = fork(state.llm_cache), fork(state.blocks_cache)
         hidden_BLH = self.llm.base_model(
             inputs_embeds=embeds_BLH,
             attention_mask=attention,
@@ -319,13 +318,6 @@ def _places(streams: Streams) -> tuple[Tensor | None, Tensor]:
     """The attention mask [B, L], None where nothing is padding, and the position ids [B, L]."""
     mask_BL = streams.mask_BL
     return None if bool(mask_BL.all()) else mask_BL, (mask_BL.cumsum(1) - 1).clamp(min=0)
-
-
-def _fork(cache: DynamicCache) -> DynamicCache:
-    """A cache that grows on its own: layers are copied, tensors are shared (appending makes new tensors)."""
-    fork = copy.copy(cache)
-    fork.layers = [copy.copy(layer) for layer in cache.layers]
-    return fork
 
 
 def register() -> None:

@@ -1,6 +1,6 @@
 """Speak the talk corpus: questions in many voices, answers in one clean voice, and a manifest.
 
-    python -m scripts.make_talk_corpus --out data/talk --num-pairs 24000 --seed 0
+    python -m scripts.make_talk_corpus --out data/talk --num-pairs 24000 --num-lists 12000 --seed 0
 
 Needs Debian's flite, espeak-ng and festival. Spoken digits by real people are added where the recordings of the Free
 Spoken Digit Dataset are present (`--fsdd`). The folder it writes:
@@ -103,11 +103,11 @@ def answer_path(text: str) -> str:
 # --- what is to be spoken -------------------------------------------------------------------------------------------
 
 
-def plan_questions(num_pairs: int, seed: int, with_human: bool) -> list[Question]:
+def plan_questions(num_pairs: int, seed: int, with_human: bool, num_lists: int = 0) -> list[Question]:
     """Ids, texts and voices of the whole corpus: a pure function of its arguments."""
     counts: Counter[str] = Counter()
     questions = []
-    for pair in corpus_pairs(num_pairs, seed, with_human):
+    for pair in corpus_pairs(num_pairs, seed, with_human, num_lists):
         identity = f"{pair.split}-{counts[pair.split]:06d}"
         counts[pair.split] += 1
         rng = random.Random(f"voice:{seed}:{identity}")
@@ -399,18 +399,25 @@ def corpus_stats(questions: list[Question], num_answers: int, hours: Mapping[str
 
 
 def make_corpus(
-    out: Path, num_pairs: int, seed: int, fsdd: Path | None, num_workers: int = 1, only: str = "all"
+    out: Path,
+    num_pairs: int,
+    seed: int,
+    fsdd: Path | None,
+    num_workers: int = 1,
+    only: str = "all",
+    num_lists: int = 0,
 ) -> dict | None:
     """Speak whatever is not there yet, then write the manifest. Returns the statistics (None if `only` is a part).
 
     Raises CorpusError for a missing synthesiser or a folder that holds another corpus, ValueError for `num_pairs`.
     """
     check_synthesisers()
-    questions = plan_questions(num_pairs, seed, with_human=fsdd is not None)
+    questions = plan_questions(num_pairs, seed, fsdd is not None, num_lists)
     answers = sorted({question.pair.answer for question in questions})
     for folder in ("answers", "questions/train", "questions/valid", "questions/test"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    settings = {"version": CORPUS_VERSION, "num_pairs": num_pairs, "seed": seed, "human": fsdd is not None}
+    settings = {"version": CORPUS_VERSION, "num_pairs": num_pairs, "num_lists": num_lists, "seed": seed}
+    settings["human"] = fsdd is not None
     _check_settings(out, settings)
     tasks = _plan_tasks(questions, answers, only)
     work = partial(_work, out=out, fsdd=fsdd)
@@ -450,6 +457,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Speak the talk corpus: questions in many voices, answers in one.")
     parser.add_argument("--out", type=Path, default=Path("data/talk"), help="folder to write (default: data/talk)")
     parser.add_argument("--num-pairs", type=int, default=24_000, help="questions with answers (default: 24000)")
+    parser.add_argument(
+        "--num-lists", type=int, help="more training pairs of say, digits and add (default: half of --num-pairs)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fsdd", type=Path, help=f"folder of real spoken digits (default: {DEFAULT_FSDD} if there)")
     parser.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
@@ -457,9 +467,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         fsdd = find_fsdd(options.fsdd)
-        stats = make_corpus(
-            options.out, options.num_pairs, options.seed, fsdd, max(1, options.num_workers), options.only
-        )
+        num_workers = max(1, options.num_workers)
+        num_lists = options.num_pairs // 2 if options.num_lists is None else max(0, options.num_lists)
+        stats = make_corpus(options.out, options.num_pairs, options.seed, fsdd, num_workers, options.only, num_lists)
     except (ValueError, OSError) as error:
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         remedy = f": free some for {options.out} (80 MB a thousand pairs), then repeat the command" if full else ""

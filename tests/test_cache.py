@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from flowomni.cache import GrowingCache
-from flowomni.modeling import _fork
+from flowomni.cache import fork, growing_cache
 
 
 def states(seed: int, num: int) -> tuple[Tensor, Tensor]:
@@ -23,7 +22,7 @@ def held(cache: DynamicCache) -> list[Tensor]:
 
 
 def test_it_holds_what_the_usual_cache_holds() -> None:
-    ours, usual = GrowingCache(), DynamicCache()
+    ours, usual = growing_cache(), DynamicCache()
     for seed, num in enumerate([5, 1, 1, 200, 1, 64]):
         for layer in range(2):
             for mine, theirs in zip(
@@ -35,10 +34,10 @@ def test_it_holds_what_the_usual_cache_holds() -> None:
 
 def test_futures_of_one_state_do_not_see_each_other() -> None:
     """The first to go on appends in place; the second, and one that goes on from a shorter state, do not disturb it."""
-    before = GrowingCache()
+    before = growing_cache()
     before.update(*states(0, 3), 0)
     kept = held(before)
-    first, second, short = _fork(before), _fork(before), _fork(before)
+    first, second, short = fork(before), fork(before), fork(before)
     short.layers[0].keys, short.layers[0].values = (part[:, :, :2] for part in (before.layers[0].keys, kept[1]))
     first.update(*states(1, 2), 0)
     assert first.layers[0].keys.data_ptr() == before.layers[0].keys.data_ptr(), "it was not appended in place"
@@ -54,7 +53,7 @@ def test_futures_of_one_state_do_not_see_each_other() -> None:
 
 def test_what_is_learned_from_is_not_overwritten() -> None:
     """Keys with a gradient are copied, as autograd needs it."""
-    cache, keys = GrowingCache(), states(0, 2)[0].requires_grad_()
+    cache, keys = growing_cache(), states(0, 2)[0].requires_grad_()
     cache.update(keys, keys, 0)
     found, _ = cache.update(keys * 2, keys * 2, 0)
     found.sum().backward()
@@ -62,7 +61,7 @@ def test_what_is_learned_from_is_not_overwritten() -> None:
 
 
 def test_states_of_inference_mode_can_be_gone_on_from_outside() -> None:
-    cache = GrowingCache()
+    cache = growing_cache()
     with torch.inference_mode():
         cache.update(*states(0, 2), 0)
     with torch.no_grad():
