@@ -102,7 +102,7 @@ class Conversation:
 
     def __init__(self, session: Session, player: Player) -> None:
         self.session, self.player = session, player
-        self.answering = False
+        self.answering = self.heard = False
         self._line_open = False
 
     def drain(self, timeout: float = 0.0) -> None:
@@ -119,6 +119,7 @@ class Conversation:
             self._interrupt()
         elif isinstance(event, live.SpeechStopped):
             self._print("(heard)", end="\n")
+            self.heard = True
         elif isinstance(event, live.ResponseStarted):
             self._print("answer: ")
             self.answering, self._line_open = True, True
@@ -277,6 +278,8 @@ def chat(options: argparse.Namespace) -> None:
         try:
             if heard is not None:
                 talk_to_file(talk, heard.wav_S, heard.sample_rate_hz, tape, options.fast)
+                if not talk.heard:
+                    print(f"no speech was found in {options.wav}", file=sys.stderr)
             else:
                 with devices(talk, tape):
                     print("speak; Ctrl-C ends the conversation", flush=True)

@@ -48,8 +48,8 @@ class EngineStats:
         sessions_opened, sessions_refused: how often `open` gave a session, or EngineFull.
         responses: ended responses by status.
         steps, row_steps, tokens: steps of the batch, steps summed over rows, speech tokens drawn.
-        step_sec, prefill_sec, listen_sec: seconds the worker spent stepping, reading prompts, and on the calls of
-            sessions (turn detection, and the encoding of what was heard).
+        step_sec, prefill_sec, listen_sec: seconds the worker spent stepping, encoding and reading prompts, and on the
+            calls of sessions (turn detection).
         step_cpu_sec: CPU time of the worker's thread in steps: what they cost, whoever else uses the machine.
         cache_positions: positions held in all caches.
     """

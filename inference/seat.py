@@ -337,9 +337,11 @@ class Seat:
     # reading
 
     def read_piece(self, limit: int) -> None:
-        """Read a piece of what is wanted."""
+        """Read a piece of what is wanted, or encode a turn of it: between two steps of others, one of them."""
         task = self.task
         assert task is not None
+        if self.context.encode(task.entries):
+            return
         memory = self.guess.memory if self.guess is not None else self.memory
         memory = self.context.read_piece(memory, task.wanted, task.entries, limit)
         if self.guess is not None:

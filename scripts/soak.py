@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from .barge_in import Found
 
 QUESTIONS = Path(__file__).parent.parent / "inference" / "demo_data" / "questions" / "test"
+NUM_ROUNDS = 5
 MAX_STOP_MS, MAX_STEP_GROWTH, MAX_MEMORY_GROWTH = 100.0, 0.05, 0.01
+MAX_LEAK = 0.05
 WATCHED = {
     "memory_bytes": "process_resident_memory_bytes",
     "open_files": "process_open_fds",
@@ -62,21 +64,26 @@ def server_state(url: str, api_key: str | None) -> dict[str, float]:
 
 
 def interrupt(url: str, wavs: Sequence[np.ndarray], options: argparse.Namespace) -> dict[str, Any]:
-    """A tenth of the interruptions to warm up, then the rest; the server's state after each."""
+    """The interruptions in rounds, each with sessions of its own; the server's state after each."""
     from .barge_in import Found, barge_in
 
-    found, states, first = Found(), [], max(1, options.num // 10)
-    for seed, number in enumerate((first, options.num - first)):
+    found, states = Found(), []
+    for turn in range(NUM_ROUNDS):
+        number = options.num // NUM_ROUNDS + (turn < options.num % NUM_ROUNDS)
         if number:
             sessions = min(options.sessions, number)
-            talks = barge_in(url, wavs, number, sessions, options.within_sec, options.seed + seed, options.api_key)
+            talks = barge_in(url, wavs, number, sessions, options.within_sec, options.seed + turn, options.api_key)
             found.add(asyncio.run(talks))
             states.append(server_state(url, options.api_key))
     return interruptions(found, states) | {"sessions": options.sessions}
 
 
 def interruptions(found: Found, states: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Everything that was measured. `speech_to_stop_ms` is the sum of the two times before it."""
+    """Everything that was measured.
+
+    `speech_to_stop_ms` is the sum of the two times before it. Memory grows in the first round, in which conversations
+    reach the length that they may have: `memory_growth` is from its end to the end of the last one.
+    """
     moments = [each.moment for each in found.barge_ins]
     return {
         "barge_ins": len(found.barge_ins),
@@ -103,6 +110,7 @@ def stops_at_once(found: dict[str, Any]) -> bool:
         and found["stop_ms"]["max"] <= MAX_STOP_MS
         and not found["stale_chunks"]
         and not found["errors"]
+        and found["memory_growth"] <= MAX_LEAK
     )
 
 
