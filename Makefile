@@ -41,6 +41,7 @@ tiny: .venv/.base  ## the model in the box, retrained from nothing
 	$(TRAIN)/hearing.yaml
 	$(TRAIN)/align.yaml
 	$(TRAIN)/listen.yaml
+	$(TRAIN)/voice.yaml
 	$(TRAIN)/speech.yaml
 	$(BIN)/python -m scripts.pack_model runs/tiny/speech/final flowomni/models/flowomni-tiny \
 		--sampling '{"solver": "euler", "num_steps": 16, "temperature": 0.6, "guidance": 2.5}'

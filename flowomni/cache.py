@@ -23,7 +23,7 @@ MIN_POSITIONS = 64
 
 @dataclass
 class Room:
-    """Keys and values of one layer, and how many of the C positions are filled (by the longest cache that shares it)."""
+    """Keys and values of one layer; `num_filled` of the C positions are filled, by the longest cache that shares it."""
 
     keys_RNCW: Tensor
     values_RNCW: Tensor
@@ -47,11 +47,11 @@ class GrowingLayer(DynamicLayer):
         room.keys_RNCW[:num_rows, :, begin : begin + num_new] = key_states
         room.values_RNCW[:num_rows, :, begin : begin + num_new] = value_states
         self.fill(num_new, num_rows)
-        return self.keys, self.values
+        return self._filled()
 
     def reserve(self, num_new: int, num_rows: int) -> Room:
-        """The room of a layer that has read something, free for that many more positions of at least `num_rows` rows."""
-        return self._reserve(self.keys, self.values, num_new, num_rows)
+        """The room of a layer that has read something, free for that many more positions of `num_rows` rows or more."""
+        return self._reserve(*self._filled(), num_new, num_rows)
 
     def fill(self, num_new: int, num_rows: int) -> None:
         """Count `num_new` more positions, which were written into the room, as part of this cache."""
@@ -74,15 +74,20 @@ class GrowingLayer(DynamicLayer):
             for new in (keys_BNLW, values_BNLW)
         )
         if length:
-            keys[: self.keys.shape[0], :, :length] = self.keys
-            values[: self.values.shape[0], :, :length] = self.values
+            for new, old in zip((keys, values), self._filled(), strict=True):
+                new[: old.shape[0], :, :length] = old
         self.room = Room(keys, values, length)
         return self.room
 
     def _owns(self, room: Room, length: int) -> bool:
         """Whether this layer's positions are all that the room holds: it may go on in place."""
-        same = length > 0 and self.keys.data_ptr() == room.keys_RNCW.data_ptr()
-        return same and room.num_filled == length and self.keys.stride() == room.keys_RNCW.stride()
+        keys = self._filled()[0]
+        same = length > 0 and keys.data_ptr() == room.keys_RNCW.data_ptr()
+        return same and room.num_filled == length and keys.stride() == room.keys_RNCW.stride()
+
+    def _filled(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
 
 
 def _fits(room: Room, num_positions: int, num_rows: int) -> bool:

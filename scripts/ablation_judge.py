@@ -176,9 +176,8 @@ class Judge:
         sec, source = self._sec_per_clip()
         later = f" ({num_later} not trained yet)" if num_later else ""
         minutes = num_clips * sec / 60
-        print(
-            f"to judge: {len(tasks) + num_later} runs{later}, {num_clips} answers, about {minutes:.0f} minutes ({source})"
-        )
+        num_runs = len(tasks) + num_later
+        print(f"to judge: {num_runs} runs{later}, {num_clips} answers, about {minutes:.0f} minutes ({source})")
         if self.speaker is None:
             print("speaker similarity is left out: pip install --no-deps resemblyzer")
         print(flush=True)

@@ -46,7 +46,8 @@ def test_a_delta_is_its_base_with_what_it_changes(tmp_path: Path) -> None:
     delta = parsed(tmp_path / "delta.yaml", "--seed", "3")
     assert delta.run == replace(base.run, output_dir=middle.run.output_dir, max_steps=7, seed=3)
     assert delta.options.autoencoder == replace(middle.options.autoencoder, codebook_size=16)
-    assert delta.options == replace(base.options, penalty_weight=1.0, autoencoder=delta.options.autoencoder)
+    changed = {"vocoder": middle.options.vocoder, "penalty_weight": 1.0, "autoencoder": delta.options.autoencoder}
+    assert delta.options == replace(base.options, **changed)
     (tmp_path / "delta.yaml").write_text("base: other.yaml")
     with pytest.raises(ValueError, match=r"--config .*other.yaml: No such file"):
         parsed(tmp_path / "delta.yaml")
