@@ -378,7 +378,7 @@ def ablate(args: argparse.Namespace) -> int:
     status = 0
     if not (args.judge_only or args.report_only):
         status = train_grid(grid, args.plan, args.calibrate)
-        if args.plan or args.train_only or status == 2:
+        if args.train_only or status == 2:
             return status
     return max(status, judge_grid(grid, args.num_workers, args.plan, args.report_only))
 

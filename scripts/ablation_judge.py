@@ -130,7 +130,9 @@ class Judge:
         self.kinds = kinds_of(grid, cells)
         self.task = "speak" if SPEAK in self.kinds else "answer"
         self.manifest = manifest_of(grid)
-        self.conditions = questions_of(grid.judge, self.manifest, self.kinds)
+        trained = grid.cell(grid.reference).content["options"].get("families") or {}
+        families = grid.judge.families or [name for name, share in trained.items() if share > 0]
+        self.conditions = questions_of(grid.judge, self.manifest, self.kinds, families)
         spoken = next((c for c in self.conditions if c.kind in (SPEAK, TYPED, HEARD)), None)
         if spoken is None:
             raise ValueError(f"{grid.file}: there is nothing to ask: judge.conditions leaves {self.kinds or 'none'}")
@@ -160,16 +162,23 @@ class Judge:
 
     def print_plan(self, tasks: Sequence[Task]) -> None:
         """What is asked, and how long that may take."""
+        runs = [self.grid.run_folder(cell, seed) for cell in self.grid.cells for seed in cell.seeds]
+        num_later = sum(not (folder / "final").is_dir() for folder in runs)
         num_voice = 2 * len(VOICE_SHIFTS) * len(self.of_voice)
-        num_clips = sum(len(c.items) * c.num_samples for t in tasks for c in t.conditions)
-        num_clips += sum(num_voice for t in tasks if t.with_voice)
+        left = [c for t in tasks for c in t.conditions] + num_later * self.conditions
+        num_clips = sum(len(condition.items) * condition.num_samples for condition in left)
+        num_clips += num_voice * (num_later + sum(task.with_voice for task in tasks))
         for condition in self.conditions:
             times = f", {condition.num_samples} times" if condition.num_samples > 1 else ""
             print(f"  {condition.name:16} {len(condition.items):>4} questions{times}")
         if self.of_voice:
             print(f"  {VOICE:16} {len(self.of_voice):>4} recordings, {len(VOICE_SHIFTS)} shifts")
         sec, source = self._sec_per_clip()
-        print(f"to judge: {len(tasks)} runs, {num_clips} answers, about {num_clips * sec / 60:.0f} minutes ({source})")
+        later = f" ({num_later} not trained yet)" if num_later else ""
+        minutes = num_clips * sec / 60
+        print(
+            f"to judge: {len(tasks) + num_later} runs{later}, {num_clips} answers, about {minutes:.0f} minutes ({source})"
+        )
         if self.speaker is None:
             print("speaker similarity is left out: pip install --no-deps resemblyzer")
         print(flush=True)

@@ -23,6 +23,14 @@ from scripts.tokenizer_page import png
 MAX_AUDIO_BYTES = 6_000_000
 NUM_ROWS = 12  # questions to listen to
 PARTS = (("supported", "What the data support"), ("unsupported", "What they do not"), ("limits", "What limits them"))
+NOTES = {
+    "Questions altered": "The spoken questions, altered; the same for every cell.",
+    "The target voice altered": "Recordings of the right answers, altered and given to the model as its own speech. "
+    "After the tokenizer: their tokens decoded. After the head: at each step the token that the head draws, given the "
+    "words and the true tokens of the altered recording before it; no error is fed back, and the head, which knows the "
+    "words, may make them clearer than they were.",
+    "Training": "Held-out answers of the evaluations during training: few, and of all families.",
+}
 STYLE = """<style>body { max-width: 1600px; font-size: 14px; } th, td { padding: .25em .5em; }
 .good { color: #06752a; font-weight: 600; } .bad { color: #b00020; font-weight: 600; }
 td small { display: block; } details { margin: 1em 0; } summary { cursor: pointer; }
@@ -50,7 +58,10 @@ def report_page(found: Report, judged: Judged, others: Sequence[Report], tried: 
         if name in found["conditions"]:
             parts.append(_scores(found, "conditions", name, SCORES))
             parts.append(drawn.pop(f"Difference from {found['reference']}: {name}", ""))
-    parts += [f"<h2>{html.escape(title)}</h2>{picture}" for title, picture in drawn.items()]
+    parts += [
+        f"<h2>{html.escape(title)}</h2><p>{html.escape(NOTES.get(title, ''))}</p>{picture}"
+        for title, picture in drawn.items()
+    ]
     rest = [name for name in found["conditions"] if name not in (SPEAK, TYPED, HEARD)]
     tables = "".join(_scores(found, "conditions", name, SCORES) for name in rest)
     parts.append(f"<details><summary>Altered questions and other voices, in numbers</summary>{tables}</details>")

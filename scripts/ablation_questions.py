@@ -13,7 +13,7 @@ Shapes: S samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -43,6 +43,7 @@ class JudgeOptions:
         conditions: which of `KINDS`; empty: all that every cell can do.
         manifest: of the questions; None: the reference cell's.
         split: of the manifest.
+        families: of the questions; empty: those that the reference cell trains on.
         num_questions: of each condition that is not altered.
         num_shifted: of each altered condition, of other voices, and of the target voice.
         num_samples: how often the questions of the first condition are asked, each time with another seed of the
@@ -56,10 +57,11 @@ class JudgeOptions:
     conditions: list[str] = field(default_factory=list)
     manifest: str | None = None
     split: str = "test"
+    families: list[str] = field(default_factory=list)
     num_questions: int = 24
     num_shifted: int = 12
     num_samples: int = 2
-    num_quality: int = 12
+    num_quality: int = 8
     num_turns: int = 5
     batch_size: int = 16
     seed: int = 0
@@ -115,13 +117,19 @@ class Condition:
         return Question(audio=(self.shift(wav_S, HEARD_SAMPLE_RATE_HZ, generator), HEARD_SAMPLE_RATE_HZ))
 
 
-def questions_of(options: JudgeOptions, manifest: str, kinds: Sequence[str]) -> list[Condition]:
+def questions_of(
+    options: JudgeOptions, manifest: str, kinds: Sequence[str], families: Collection[str] = ()
+) -> list[Condition]:
     """The conditions of some kinds; those that the manifest has nothing for are left out. `VOICE` is not among them.
+
+    Args:
+        families: only these, where there are any.
 
     Raises:
         ValueError: the manifest cannot be read, or no held-out answer in it has a recording to compare with.
     """
     items = [item for item in read_manifest(manifest, options.split) if item.answer.audio and item.answer.text]
+    items = [item for item in items if not families or item.family in families]
     if not items:
         raise ValueError(f"{manifest}: no answer of split {options.split!r} has words and a recording to compare with")
     items.sort(key=lambda item: (item.family, item.id))  # so that what is spread over them has every family

@@ -268,6 +268,7 @@ def says(found: Mapping[str, Any]) -> dict[str, list[str]]:
             f"({ratio['head_lowest']:.1f} to {ratio['head_highest']:.1f} over the turns; published: "
             f"{PUBLISHED_COST_RATIO}), speech as a whole {ratio['whole']:.1f} times."
         )
+    supported = supported or ["Nothing: none of the differences named here has an interval that excludes zero."]
     return {"supported": supported, "unsupported": unsupported, "limits": _limits(found)}
 
 

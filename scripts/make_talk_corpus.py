@@ -1,6 +1,6 @@
 """Speak the talk corpus: questions in many voices, answers in one clean voice, and a manifest.
 
-    python -m scripts.make_talk_corpus --out data/talk --num-pairs 24000 --num-lists 12000 --seed 0
+    python -m scripts.make_talk_corpus --out data/talk --num-pairs 24000 --seed 0
 
 Needs Debian's flite, espeak-ng and festival. Spoken digits by real people are added where the recordings of the Free
 Spoken Digit Dataset are present (`--fsdd`). The folder it writes:
@@ -43,7 +43,7 @@ import soxr
 from scipy.signal import butter, fftconvolve, lfilter, sosfilt
 from tqdm import tqdm
 
-from training.talk_text import DIGITS, Pair, corpus_pairs
+from training.talk_text import DIGITS, Pair, corpus_pairs, typed_pairs
 
 QUESTION_HZ = 16_000
 ANSWER_HZ = 24_000
@@ -352,8 +352,17 @@ def _check_settings(out: Path, settings: dict) -> None:
         raise CorpusError(f"{out} holds a corpus made with {found}, not {settings}: choose another --out or delete it")
 
 
-def write_manifest(questions: list[Question], out: Path) -> dict:
-    """manifest.jsonl and stats.json. Returns the statistics."""
+def _typed_lines(pairs: list[Pair]) -> list[dict]:
+    """Conversations of text alone, a family of their own."""
+    lines = []
+    for index, pair in enumerate(pairs):
+        turns = [{"role": "user", "text": pair.question}, {"role": "assistant", "text": pair.answer}]
+        lines.append({"id": f"typed-{index:06d}", "split": pair.split, "family": "typed", "turns": turns})
+    return lines
+
+
+def write_manifest(questions: list[Question], typed: list[Pair], out: Path) -> dict:
+    """manifest.jsonl and stats.json. Returns the statistics, which are of the spoken pairs."""
     lines, seconds_of_answer = [], {}
     hours: Counter[str] = Counter()
     for question in questions:
@@ -379,6 +388,7 @@ def write_manifest(questions: list[Question], out: Path) -> dict:
     hours["answers, distinct"] = sum(seconds_of_answer.values()) / 3600
     stats = corpus_stats(questions, len(seconds_of_answer), hours)
     _write(out / "stats.json", (json.dumps(stats, indent=2) + "\n").encode())
+    lines += _typed_lines(typed)
     _write(out / "manifest.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     return stats
 
@@ -406,6 +416,7 @@ def make_corpus(
     num_workers: int = 1,
     only: str = "all",
     num_lists: int = 0,
+    num_typed: int = 0,
 ) -> dict | None:
     """Speak whatever is not there yet, then write the manifest. Returns the statistics (None if `only` is a part).
 
@@ -416,8 +427,8 @@ def make_corpus(
     answers = sorted({question.pair.answer for question in questions})
     for folder in ("answers", "questions/train", "questions/valid", "questions/test"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    settings = {"version": CORPUS_VERSION, "num_pairs": num_pairs, "num_lists": num_lists, "seed": seed}
-    settings["human"] = fsdd is not None
+    settings = {"version": CORPUS_VERSION, "num_pairs": num_pairs, "num_lists": num_lists, "num_typed": num_typed}
+    settings |= {"seed": seed, "human": fsdd is not None}
     _check_settings(out, settings)
     tasks = _plan_tasks(questions, answers, only)
     work = partial(_work, out=out, fsdd=fsdd)
@@ -430,7 +441,7 @@ def make_corpus(
             with multiprocessing.get_context("spawn").Pool(num_workers, signal.signal, ignore_interrupt) as pool:
                 for count in pool.imap_unordered(work, tasks):
                     bar.update(count)
-    return write_manifest(questions, out) if only == "all" else None
+    return write_manifest(questions, typed_pairs(num_typed, seed), out) if only == "all" else None
 
 
 def find_fsdd(folder: Path | None) -> Path | None:
@@ -460,6 +471,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--num-lists", type=int, help="more training pairs of say, digits and add (default: half of --num-pairs)"
     )
+    parser.add_argument("--num-typed", type=int, help="sums that are only typed (default: as many as --num-pairs)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fsdd", type=Path, help=f"folder of real spoken digits (default: {DEFAULT_FSDD} if there)")
     parser.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
@@ -469,7 +481,10 @@ def main(argv: list[str] | None = None) -> int:
         fsdd = find_fsdd(options.fsdd)
         num_workers = max(1, options.num_workers)
         num_lists = options.num_pairs // 2 if options.num_lists is None else max(0, options.num_lists)
-        stats = make_corpus(options.out, options.num_pairs, options.seed, fsdd, num_workers, options.only, num_lists)
+        num_typed = options.num_pairs if options.num_typed is None else max(0, options.num_typed)
+        stats = make_corpus(
+            options.out, options.num_pairs, options.seed, fsdd, num_workers, options.only, num_lists, num_typed
+        )
     except (ValueError, OSError) as error:
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         remedy = f": free some for {options.out} (80 MB a thousand pairs), then repeat the command" if full else ""

@@ -157,6 +157,7 @@ def test_heads_of_other_sizes_are_refused_with_a_width_that_fits(grid_of: Any) -
     ("changes", "message"),
     [
         ({"options.parts.speech_tokenizer": "runs/x/vq/final"}, "parts.speech_tokenizer is 'runs/x/vq/final', where"),
+        ({"options.parts.projector": "runs/x/final"}, "parts.projector is 'runs/x/final', where"),
         ({"options.num_eval": 0}, "num_eval is 0: it would have no samples"),
         ({"options.tasks": {"transcribe": 1.0}}, "none of these speaks"),
         ({"options.manifest": "nowhere"}, "options.manifest: nowhere: no such manifest"),

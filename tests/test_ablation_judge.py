@@ -156,6 +156,8 @@ def test_all_are_asked_the_same(stage: dict[str, Any]) -> None:
                 assert np.array_equal(question.audio[0], same.audio[0])  # type: ignore[index]
     noisy, clean = by_name["noise 0 dB"].questions, by_name["noise 20 dB"].questions
     assert noisy[0].audio[0].std() > 1.2 * clean[0].audio[0].std()  # type: ignore[index, union-attr]
+    assert not any(item.family != "say" for c in questions_of(options, manifest, kinds, ["say"]) for item in c.items)
+    assert any(item.family != "say" for c in found for item in c.items)
     with pytest.raises(ValueError, match="no answer of split 'valid2'|no conversation of split"):
         questions_of(JudgeOptions(split="valid2"), manifest, kinds)
 
@@ -222,7 +224,10 @@ def test_a_grid_is_judged_and_reported(
         main(["--config", str(file), "--judge-only", "--num-workers", "1"])
     assert stopped.value.code == 1, "a run is missing"
     shown = capsys.readouterr().out
-    assert "to judge: 2 runs" in shown and "Left out: flow, seed 1: its training is not finished." in shown
+    assert (
+        "to judge: 3 runs (1 not trained yet)" in shown
+        and "Left out: flow, seed 1: its training is not finished." in shown
+    )
 
     found = json.loads((grid.folder / "report.json").read_text())
     heard = found["conditions"]["heard"]
@@ -236,7 +241,9 @@ def test_a_grid_is_judged_and_reported(
     assert {f"none/{TOKENIZER}", f"pitch +4/{HEAD}"} <= set(found["voice"])
     assert found["pair"]["cells"] == ["flow", "jump"] and "heard" in found["pair"]["conditions"]
     assert all(cell["cost"]["head"] > 0 for cell in found["cells"].values())
-    assert not any("excludes zero" in text for text in found["says"]["supported"])
+    assert found["says"]["supported"] == [
+        "Nothing: none of the differences named here has an interval that excludes zero."
+    ]
     assert any(text.startswith("Of one training seed: flow, jump") for text in found["says"]["limits"])
     page = (grid.folder / "report.html").read_text()
     assert "<h2>flow against jump</h2>" in page and "data:audio/flac" in page and "http" not in page

@@ -245,6 +245,8 @@ HELD_OUT_FAMILIES = ("plus", "minus", "times", "say", "digits", "add", "other")
 HUMAN_SHARE = 1500 / 22_700  # of the training pairs: digits read by people
 # Of further training pairs: a few thousand lists are learned by heart instead of word by word.
 LIST_SHARES = {"say": 0.6, "digits": 0.2, "add": 0.2}
+# Of pairs that are only typed, so that a model which learns to hear and to speak does not forget how to reckon.
+TYPED_SHARES = {"minus": 0.35, "plus": 0.25, "add": 0.25, "times": 0.15}
 
 
 def split_of(family: str, question: str) -> str:
@@ -331,13 +333,17 @@ def corpus_pairs(num_pairs: int, seed: int, with_human: bool = True, num_lists: 
     counts = {"valid": num_pairs // 80, "test": num_pairs // 24}
     counts = {"train": num_pairs - sum(counts.values()), **counts}
     pairs = [_corpus_pair(split, index, seed, with_human) for split in SPLITS for index in range(counts[split])]
-    return pairs + [_list_pair(index, seed) for index in range(num_lists)]
+    return pairs + _further_pairs(LIST_SHARES, num_lists, f"{seed}:lists")
 
 
-def _list_pair(index: int, seed: int) -> Pair:
-    rng = random.Random(f"{seed}:lists:{index}")
-    [family] = rng.choices(list(LIST_SHARES), list(LIST_SHARES.values()))
-    return sample_family(family, rng, "train")
+def typed_pairs(num_pairs: int, seed: int) -> list[Pair]:
+    """Training pairs by `TYPED_SHARES`: a pure function of its arguments."""
+    return _further_pairs(TYPED_SHARES, num_pairs, f"{seed}:typed")
+
+
+def _further_pairs(shares: dict[str, float], num_pairs: int, seed: str) -> list[Pair]:
+    rngs = [random.Random(f"{seed}:{index}") for index in range(num_pairs)]
+    return [sample_family(rng.choices(list(shares), list(shares.values()))[0], rng, "train") for rng in rngs]
 
 
 def answer_vocabulary() -> list[str]:
