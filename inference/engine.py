@@ -194,12 +194,8 @@ class Engine:
 
     def _turn(self) -> bool:
         """Everything once; whether there is more to do."""
-        with self._lock:
-            seats = list(self._seats)
-        for seat in seats:
-            self._listen(seat)
-        seats = [seat for seat in seats if seat in self._seats]
-        self._read(seats)
+        self._read(self._listen_to_all())
+        seats = self._listen_to_all()  # again: an interruption does not wait for a piece and for a step
         for seat in seats:
             if seat.ready:
                 self._add(seat, seat.begin())
@@ -211,6 +207,14 @@ class Engine:
             if seat.idle and not seat.session.has_calls:
                 seat.session.rest()
         return bool(self._members) or any(seat.task is not None or seat.session.has_calls for seat in seats)
+
+    def _listen_to_all(self) -> list[Seat]:
+        """Carry out what sessions have asked for; those that are there then."""
+        with self._lock:
+            seats = list(self._seats)
+        for seat in seats:
+            self._listen(seat)
+        return [seat for seat in seats if seat in self._seats]
 
     def _listen(self, seat: Seat) -> None:
         """Carry out a session's calls; end it where it is closed or its time is over."""
