@@ -37,8 +37,9 @@ from scripts.training_steps import (
     with_attention,
 )
 from training.ema import Ema
+from training.parts import TrainsOptions, parts_of, set_trainable
 from training.plan import TEMPLATE_TOKENS, TEXT_TOKENS_PER_SEC, Plan, plan
-from training.stages.speech import PartsOptions, SpeechOptions, TrainsOptions, parts_of, set_trainable
+from training.stages.speech import PartsOptions, SpeechOptions
 from training.train import RunOptions
 
 NUM_STEPS = 2

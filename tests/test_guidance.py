@@ -27,8 +27,9 @@ from flowomni.tokenizers.base import TokenSpec
 from tests.tiny import tiny_model
 from training.guidance import GuidedStudent
 from training.lora import LoraOptions
+from training.parts import TrainsOptions
 from training.plan import plan
-from training.stages.speech import PartsOptions, SpeechOptions, SpeechStage, TrainsOptions
+from training.stages.speech import PartsOptions, SpeechOptions, SpeechStage
 from training.train import RunOptions, train
 
 HEAD = {"kind": "flow", "width": 32, "num_blocks": 1, "feedback_noise": 0.5}

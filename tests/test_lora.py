@@ -23,7 +23,7 @@ from flowomni.streams import Streams, collate
 from tests.tiny import tiny_model
 from training.export_adapter import export, main
 from training.lora import LoraOptions, apply_adapters, merge_lora, save_adapters
-from training.stages.speech import TrainsOptions, parts_of, set_trainable
+from training.parts import TrainsOptions, parts_of, set_trainable
 
 PARTS = ("llm", "encoder", "projector", "output_blocks", "heads")
 

@@ -18,10 +18,11 @@ from flowomni.build import save_model
 from tests.tiny import ENCODER, save_tiny_parts, tiny_model
 from training.config import parse
 from training.outline import CONFIGS, Sizes, outline
+from training.parts import TrainsOptions
 from training.plan import Plan, activations, plan
 from training.stages import STAGES
 from training.stages.hearing import HearingOptions, HearingStage
-from training.stages.speech import PartsOptions, SpeechOptions, SpeechStage, TrainsOptions
+from training.stages.speech import PartsOptions, SpeechOptions, SpeechStage
 from training.stages.text import TextOptions, TextStage
 from training.train import RunOptions, main
 

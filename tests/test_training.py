@@ -25,8 +25,9 @@ from tests.launched import PowerCut, cut_off
 from tests.tiny import ENCODER, INSTRUCTIONS, LLM, save_tiny_parts, tiny_model
 from training.checkpoint import Checkpoints
 from training.ema import Ema
+from training.parts import TrainsOptions
 from training.stages.base import Stage
-from training.stages.speech import PartsOptions, SpeechOptions, SpeechStage, TrainsOptions
+from training.stages.speech import PartsOptions, SpeechOptions, SpeechStage
 from training.stages.text import TextOptions, TextStage
 from training.train import RunOptions, checkpoint_layers, learning_rate_factor, optimize, parameter_groups, train
 

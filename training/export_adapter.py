@@ -13,7 +13,7 @@ from pathlib import Path
 from flowomni.build import load_model, save_model
 
 from .lora import apply_adapters
-from .stages.speech import parts_of
+from .parts import parts_of
 
 
 def export(model: str | Path, adapters: str | Path, out: str | Path) -> dict[str, int]:

@@ -22,9 +22,10 @@ from flowomni.modeling import FlowOmniModel, register
 from flowomni.tokenizers import AutoencoderConfig, MelTokenizer, MelTokenizerConfig
 
 from .config import parse, read_yaml
+from .parts import set_trainable
 from .stages import STAGES
 from .stages.hearing import HearingOptions, HearingTraining
-from .stages.speech import SpeechOptions, section_changes, set_trainable
+from .stages.speech import SpeechOptions, section_changes
 from .stages.text import TextOptions, TextStage
 from .stages.tokenizer import TokenizerOptions, TokenizerTraining
 from .stages.vocoder import VocoderOptions, VocoderTraining
