@@ -23,7 +23,7 @@ MIN_POSITIONS = 64
 
 @dataclass
 class Room:
-    """Keys and values of one layer, and how many of the C positions are filled (by the longest cache that shares it)."""
+    """Keys and values of one layer, and how many of the C positions the longest cache that shares it has filled."""
 
     keys_RNCW: Tensor
     values_RNCW: Tensor
@@ -33,6 +33,8 @@ class Room:
 class GrowingLayer(DynamicLayer):
     """transformers' `DynamicLayer`, whose `keys` and `values` [B, N, L, W] are the filled part of a `Room`."""
 
+    keys: Any
+    values: Any
     room: Room | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -50,7 +52,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def reserve(self, num_new: int, num_rows: int) -> Room:
-        """The room of a layer that has read something, free for that many more positions of at least `num_rows` rows."""
+        """The room of a layer that has read something, free for `num_new` more positions of `num_rows` rows."""
         return self._reserve(self.keys, self.values, num_new, num_rows)
 
     def fill(self, num_new: int, num_rows: int) -> None:
