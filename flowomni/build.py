@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +29,33 @@ def assemble(
     layout: dict[str, Any] | None = None,
     loss: dict[str, Any] | None = None,
     encoder_stack: int = 4,
+    projector: str | None = None,
 ) -> tuple[FlowOmniModel, FlowOmniProcessor]:
     """A new model: pretrained LLM and speech tokenizer, a pretrained or new encoder, new projector, blocks and heads.
+
+    Where a part's folder holds a whole FlowOmni model, that model's part is meant.
 
     Args:
         llm: folder or Hub id of a causal LM with its text tokenizer.
         speech_tokenizer: folder of a speech tokenizer (`MelTokenizer.save_pretrained`).
         encoder: folder or Hub id of a Whisper checkpoint; a WhisperConfig dict for a new encoder; None for no ears.
         head, output_blocks, layout, loss, encoder_stack: see `FlowOmniConfig`.
+        projector: folder of a FlowOmni model whose projector is taken, with what else it reads off its encoder and this
+            model does too (letters, text ids). None: a new one.
 
     Raises:
         ValueError: a part is missing or does not fit, naming it.
     """
     register()
-    language_model = _load(AutoModelForCausalLM, llm, "llm")
+    whole = functools.cache(lambda path: load_model(path)[0])  # a model may give several parts
+    language_model = whole(llm).llm if is_whole_model(llm) else _load(AutoModelForCausalLM, llm, "llm")
     text_tokenizer = load_text_tokenizer(llm)
-    voice = _load(AutoModel, speech_tokenizer, "speech_tokenizer")
-    ears = SpeechEncoder.from_pretrained(encoder) if isinstance(encoder, str) else None
+    voice: Any = (
+        whole(speech_tokenizer).speech_tokenizer
+        if is_whole_model(speech_tokenizer)
+        else _load(AutoModel, speech_tokenizer, "speech_tokenizer")
+    )
+    ears = _ears(whole, encoder) if isinstance(encoder, str) else None
     encoder_config = WhisperConfig(**encoder) if isinstance(encoder, dict) else (ears.whisper.config if ears else None)
     config = FlowOmniConfig(
         llm=language_model.config,
@@ -61,7 +73,45 @@ def assemble(
     model.speech_tokenizer.load_state_dict(voice.state_dict())
     if ears is not None:
         model.encoder.load_state_dict(ears.state_dict())
+    if projector is not None:
+        _take_projector(model, whole(projector), projector)
     return model, FlowOmniProcessor(config, text_tokenizer, model.speech_tokenizer.spec)
+
+
+def is_whole_model(path: str) -> bool:
+    """Whether a folder holds a FlowOmni model, not a part of one."""
+    file = Path(path) / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and values.get("model_type") == FlowOmniConfig.model_type
+
+
+def load_part_tokenizer(path: str) -> Any:
+    """The speech tokenizer of a folder or Hub id, which may hold that alone or a whole FlowOmni model."""
+    return load_model(path)[0].speech_tokenizer if is_whole_model(path) else _load(AutoModel, path, "speech_tokenizer")
+
+
+def _ears(whole: Callable[[str], Any], path: str) -> SpeechEncoder:
+    if not is_whole_model(path):
+        return SpeechEncoder.from_pretrained(path)
+    if whole(path).config.encoder is None:
+        raise ValueError(f"encoder: the model in {path!r} has no speech encoder: name another")
+    return whole(path).encoder
+
+
+def _take_projector(model: FlowOmniModel, giver: FlowOmniModel, path: str) -> None:
+    for name in ("projector", "ctc", "text_ctc"):
+        taker, given = getattr(model, name, None), getattr(giver, name, None)
+        if name == "projector" and (taker is None or given is None):
+            raise ValueError(f"projector: {'this model' if taker is None else repr(path)} has no ears, so no projector")
+        if taker is None or given is None:
+            continue
+        try:
+            taker.load_state_dict(given.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"projector: that of {path!r} does not fit ({_reason(error)})") from None
 
 
 def load_model(folder: str | Path) -> tuple[FlowOmniModel, FlowOmniProcessor]:

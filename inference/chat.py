@@ -45,8 +45,11 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--silence", type=float, default=0.5, help="seconds of silence that end a turn (default: 0.5)")
     parser.add_argument("--no-barge-in", action="store_true", help="speaking does not interrupt the model")
     parser.add_argument("--temperature", type=float, help="of the sampled speech; 0 is no noise (default: the model's)")
+    parser.add_argument("--threads", type=int, help="that the model computes on (default: one core is left free)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same voice (default: 0)")
     options = parser.parse_args(args)
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads is {options.threads}: it must be at least 1")
     if options.fast and not options.wav:
         parser.error("--fast needs --wav FILE: a microphone has its own time")
     if options.out and (options.out.suffix.lower() not in (".wav", ".flac") or not options.out.parent.is_dir()):
@@ -100,7 +103,7 @@ class Conversation:
 
     def __init__(self, session: Session, player: Player) -> None:
         self.session, self.player = session, player
-        self.answering = False
+        self.answering = self.heard = False
         self._line_open = False
 
     def drain(self, timeout: float = 0.0) -> None:
@@ -117,6 +120,7 @@ class Conversation:
             self._interrupt()
         elif isinstance(event, live.SpeechStopped):
             self._print("(heard)", end="\n")
+            self.heard = True
         elif isinstance(event, live.ResponseStarted):
             self._print("answer: ")
             self.answering, self._line_open = True, True
@@ -259,8 +263,10 @@ def chat(options: argparse.Namespace) -> None:
     from flowomni.audio import read_audio
 
     from .engine import Engine
+    from .threads import settle_threads
 
     heard = read_audio(options.wav, 16_000) if options.wav else None
+    settle_threads(options.threads)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     omni = FlowOmni.from_pretrained(options.model, compile=options.compile, int8=options.int8)
@@ -273,6 +279,8 @@ def chat(options: argparse.Namespace) -> None:
         try:
             if heard is not None:
                 talk_to_file(talk, heard.wav_S, heard.sample_rate_hz, tape, options.fast)
+                if not talk.heard:
+                    print(f"no speech was found in {options.wav}", file=sys.stderr)
             else:
                 with devices(talk, tape):
                     print("speak; Ctrl-C ends the conversation", flush=True)

@@ -37,13 +37,13 @@ from flowomni.streams import NONE, SpeechState, Streams
 _NUMBERS = itertools.count()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Entry:
     """One turn of the conversation.
 
     Attributes:
         turn: for the layout.
-        heard_PH: encoder output of a heard turn.
+        heard_PH: encoder output of a heard turn, once `Context.encode` has made it.
         number: tells heard turns apart.
     """
 
@@ -150,12 +150,18 @@ class Context:
     # turns
 
     def heard(self, wav_S: np.ndarray) -> Entry:
-        """A user turn of 16 kHz audio, encoded."""
-        turn = self.processor.turn("user", wav_S=wav_S)
-        assert turn.heard_CF is not None
-        device = self.model.device
-        lengths_B = torch.tensor([turn.heard_CF.shape[-1]], device=device)
-        return Entry(turn, self.model.hear(turn.heard_CF[None].to(device), lengths_B))
+        """A user turn of 16 kHz audio, not encoded yet."""
+        return Entry(self.processor.turn("user", wav_S=wav_S))
+
+    def encode(self, entries: Sequence[Entry]) -> bool:
+        """Encode the first heard turn that is not; whether there was one. It costs as much as reading a long piece."""
+        for entry in entries:
+            if entry.turn.heard_CF is not None and entry.heard_PH is None:
+                heard_1CF = entry.turn.heard_CF[None].to(self.model.device)
+                lengths_B = torch.tensor([heard_1CF.shape[-1]], device=heard_1CF.device)
+                entry.heard_PH = self.model.hear(heard_1CF, lengths_B)
+                return True
+        return False
 
     def typed(self, text: str) -> Entry:
         """A user turn of words."""

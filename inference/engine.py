@@ -48,8 +48,9 @@ class EngineStats:
         sessions_opened, sessions_refused: how often `open` gave a session, or EngineFull.
         responses: ended responses by status.
         steps, row_steps, tokens: steps of the batch, steps summed over rows, speech tokens drawn.
-        step_sec, prefill_sec, listen_sec: seconds the worker spent stepping, reading prompts, and on the calls of
-            sessions (turn detection, and the encoding of what was heard).
+        step_sec, prefill_sec, listen_sec: seconds the worker spent stepping, encoding and reading prompts, and on the
+            calls of sessions (turn detection).
+        step_cpu_sec: CPU time of the worker's thread in steps: what they cost, whoever else uses the machine.
         cache_positions: positions held in all caches.
     """
 
@@ -64,6 +65,7 @@ class EngineStats:
     step_sec: float
     prefill_sec: float
     listen_sec: float
+    step_cpu_sec: float
     cache_positions: int
 
 
@@ -91,6 +93,7 @@ class Engine:
         self._responses: Counter[str] = Counter()
         self._steps = self._row_steps = self._tokens = 0
         self._sec = {"step": 0.0, "prefill": 0.0, "listen": 0.0}
+        self._cpu_sec = dict(self._sec)
         self._worker = threading.Thread(target=self._run, name="flowomni-engine", daemon=True)
         self._worker.start()
 
@@ -161,6 +164,7 @@ class Engine:
             step_sec=self._sec["step"],
             prefill_sec=self._sec["prefill"],
             listen_sec=self._sec["listen"],
+            step_cpu_sec=self._cpu_sec["step"],
             cache_positions=cached + sum(len(seat.memory) for seat in seats),
         )
 
@@ -261,9 +265,10 @@ class Engine:
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.thread_time()
         yield
         self._sec[part] += time.perf_counter() - began
+        self._cpu_sec[part] += time.thread_time() - began_cpu
 
     @contextmanager
     def _guarded(self, seats: list[Seat]) -> Iterator[None]:

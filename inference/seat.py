@@ -49,7 +49,7 @@ from .listening import (
 )
 from .session import Session, SessionOptions, new_id
 
-MAX_CONTEXT_POSITIONS = 2048
+MAX_CONTEXT_POSITIONS = 1024  # 80 s of speech: a step must not cost much more late in a conversation than early
 _SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of one session's answers; odd, so that they all differ
 
 
@@ -337,9 +337,11 @@ class Seat:
     # reading
 
     def read_piece(self, limit: int) -> None:
-        """Read a piece of what is wanted."""
+        """Read a piece of what is wanted, or encode a turn of it: between two steps of others, one of them."""
         task = self.task
         assert task is not None
+        if self.context.encode(task.entries):
+            return
         memory = self.guess.memory if self.guess is not None else self.memory
         memory = self.context.read_piece(memory, task.wanted, task.entries, limit)
         if self.guess is not None:

@@ -53,6 +53,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     add("--max-session-sec", type=float, default=3600.0, help="a conversation ends after it (default: 3600)")
     add("--max-message-bytes", type=int, default=1 << 20, help="of one event (default: 1048576)")
     add("--rate-limit", type=float, default=200.0, help="events per second of a client, 0: any number (default: 200)")
+    add("--threads", type=int, help="that the model computes on (default: one core is left to everything else)")
     add("--drain-sec", type=float, default=30.0, help="answers in progress may take so long at the end (default: 30)")
     add("--ssl-certfile", help="PEM file: serve https and wss")
     add("--ssl-keyfile", help="PEM file of its private key")
@@ -74,6 +75,8 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     for name in ("rate_limit", "drain_sec"):
         if not getattr(options, name) >= 0:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name):g}: it must not be negative")
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads is {options.threads}: it must be at least 1")
     if not 0 <= options.port < 65_536:
         parser.error(f"--port is {options.port}: it must be from 0 to 65535")
     if options.ssl_keyfile and not options.ssl_certfile:
@@ -122,7 +125,9 @@ def serve(options: argparse.Namespace) -> int:
     from .engine import Engine
     from .server.app import Server, ServerOptions
     from .session import SessionOptions
+    from .threads import settle_threads
 
+    settle_threads(options.threads)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     _check_certificate(options)
@@ -165,7 +170,8 @@ def serve(options: argparse.Namespace) -> int:
 def _bind(host: str, port: int) -> socket.socket:
     """Take the port before the model is loaded, so that a busy one is told at once; nobody is listened to yet."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
+    # only where asyncio sees the protocol does it send small messages at once: without it, deltas came 40 ms late
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

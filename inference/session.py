@@ -77,7 +77,7 @@ class SessionOptions:
         stop_threshold: speech stops where the stop state's probability passes it.
         instructions: what the model is told first; None takes the layout's own for task "answer".
         max_context_positions: positions the caches may hold, so that a session's memory and cost per step are bounded;
-            None takes 2048, or what the LLM can place if that is less. Older turns are forgotten; the sequence always
+            None takes 1024, or what the LLM can place if that is less. Older turns are forgotten; the sequence always
             begins with the template's opening and the instructions, its attention sink (see `inference.context`).
         max_session_sec: wall time after which the session ends with "session_expired".
         max_answer_tokens: steps of an answer; None takes the layout's limit.

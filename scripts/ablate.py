@@ -1,7 +1,7 @@
 """Compare what differs in one thing: a grid of named deltas and seeds, trained one after the other.
 
     python -m scripts.ablate --config configs/ablations/main.yaml --plan     # what it is and what it costs
-    python -m scripts.ablate --config configs/ablations/main.yaml            # the same, then train
+    python -m scripts.ablate --config configs/ablations/main.yaml            # train, judge, and write the report
 
 Each run is `accelerate launch -m training.train` in a folder of its own, runs/ablations/<grid>/<cell>/seed_<n>. After
 an interruption the same command goes on: finished runs are skipped, a begun one continues from its last checkpoint. A
@@ -9,6 +9,9 @@ run that fails is reported with its last lines, and the others go on. See `scrip
 
 results.json has every run's steps, tokens, training time and measurements, and what was measured last within the
 smallest number of steps, of tokens, and of seconds that any run took, so that runs can be compared at equal cost.
+
+Then every finished run is asked the same held-out questions (`scripts.ablation_judge`), and report.json and report.html
+say what came of it (`scripts.ablation_report`). What is judged is kept, so that this too goes on after an interruption.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -32,6 +35,7 @@ import yaml
 from scripts.ablation_grid import CELL_FILE, Cell, Checked, Grid, check, read_grid
 
 OUTPUT_FILE, CALIBRATION_FILE, RESULTS_FILE = "train.out", "calibration.json", "results.json"
+REPORT_FILE, REPORT_PAGE = "report.json", "report.html"
 CALIBRATION_STEPS = 12
 NUM_LAST_LINES = 8
 BUDGETS = {"steps": "step", "tokens": "num_tokens", "wall time": "train_sec"}
@@ -231,9 +235,7 @@ def run_grid(grid: Grid, cells: Sequence[Checked]) -> list[Run]:
         for each in cells
         for seed in each.cell.seeds[place : place + 1]
     ]
-    runs = {(cell.name, seed): Run(cell.name, seed, str(grid.run_folder(cell, seed))) for _, cell, seed in order}
-    for _, cell, seed in order:
-        _refresh(runs[cell.name, seed])
+    runs = {(run.cell, run.seed): run for run in all_runs(grid, cells)}
     for number, (_, cell, seed) in enumerate(order, 1):
         run, label = runs[cell.name, seed], f"[{number}/{len(order)}] {cell.name}, seed {seed}"
         if run.status == "finished":
@@ -252,6 +254,14 @@ def run_grid(grid: Grid, cells: Sequence[Checked]) -> list[Run]:
         write_results(grid, cells, list(runs.values()))
     write_results(grid, cells, list(runs.values()))
     return list(runs.values())
+
+
+def all_runs(grid: Grid, cells: Sequence[Checked]) -> list[Run]:
+    """Every run, as it stands in its folder."""
+    runs = [Run(c.cell.name, seed, str(grid.run_folder(c.cell, seed))) for c in cells for seed in c.cell.seeds]
+    for run in runs:
+        _refresh(run)
+    return runs
 
 
 def _refresh(run: Run, status: str | None = None) -> None:
@@ -338,6 +348,13 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--config", type=Path, required=True, help="the grid's YAML file")
     add_plan_arguments(parser)
+    stages = parser.add_mutually_exclusive_group()
+    stages.add_argument("--train-only", action="store_true", help="neither judge nor report")
+    stages.add_argument("--judge-only", action="store_true", help="train nothing: judge the runs that are finished")
+    stages.add_argument("--report-only", action="store_true", help="write the report of what has been judged")
+    parser.add_argument("--num-questions", type=int, help="of each condition (default: the grid's judge.num_questions)")
+    parser.add_argument("--num-shifted", type=int, help="of each altered one (default: the grid's judge.num_shifted)")
+    parser.add_argument("--num-workers", type=int, default=2, help="processes that listen (default: %(default)s)")
     return parser.parse_args(args)
 
 
@@ -354,7 +371,47 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def ablate(args: argparse.Namespace) -> int:
     """Run the command; returns its exit status, see `train_grid`."""
-    return train_grid(read_grid(args.config), args.plan, args.calibrate)
+    grid = read_grid(args.config)
+    counts = {name: getattr(args, name) for name in ("num_questions", "num_shifted")}
+    changes = {name: count for name, count in counts.items() if count is not None}
+    grid = replace(grid, judge=replace(grid.judge, **changes))
+    status = 0
+    if not (args.judge_only or args.report_only):
+        status = train_grid(grid, args.plan, args.calibrate)
+        if args.train_only or status == 2:
+            return status
+    return max(status, judge_grid(grid, args.num_workers, args.plan, args.report_only))
+
+
+def judge_grid(grid: Grid, num_workers: int, only_plan: bool, only_report: bool) -> int:
+    """Judge what is finished and write the report; returns 1 if a run is missing in it."""
+    # here, because training needs none of it
+    from scripts.ablation_judge import Judge, speaks
+    from scripts.ablation_page import beside, report_page
+    from scripts.ablation_report import report
+
+    cells, problems, _ = check(grid)
+    if problems:
+        raise ValueError("; ".join(problems))
+    if not speaks(cells):
+        print("there is nothing to judge: this grid's stage has no voice")
+        return 0
+    judge = Judge(grid, cells, num_workers)
+    tasks = judge.tasks()
+    if not only_report:
+        judge.print_plan(tasks)
+        if only_plan:
+            return 0
+        judge.run(tasks)
+    judged = judge.collect()
+    found = report(grid, cells, all_runs(grid, cells), judged)
+    _write_json(grid.folder / REPORT_FILE, found)
+    page = grid.folder / REPORT_PAGE
+    page.write_text(report_page(found, judged, *beside(grid.folder, grid.base)), encoding="utf-8")
+    for key, texts in found["says"].items():
+        print(f"\n{key}:" + "".join(f"\n  {text}" for text in texts))
+    print(f"\n{page} and {grid.folder / REPORT_FILE}")
+    return 1 if judged.missing else 0
 
 
 def train_grid(grid: Grid, only_plan: bool, calibration_steps: int | None) -> int:

@@ -11,6 +11,9 @@ cells:
       options.parts.head: {kind: depth, width: 72}
     varies: [model.speech_tokenizer.autoencoder.bottleneck]   # what these bring with them, and is meant to
     seeds: [0, 1, 2]            # instead of the grid's
+    sampling: {temperature: 0.8}    # with which its head draws when it is judged; by default the head's own
+pair: [flow, depth]             # the two that the report puts in its first line; see `scripts.ablation_report`
+judge: {num_questions: 32}      # see `scripts.ablation_questions.JudgeOptions`
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ import yaml
 
 from flowomni.heads.sizes import matching_width
 from flowomni.modeling import FlowOmniModel
-from flowomni.strict import nearest
+from flowomni.strict import nearest, strict
+from scripts.ablation_questions import JudgeOptions
 from training.config import Parsed, parse, read_yaml
 from training.manifest import read_manifest
 from training.plan import Plan, plan
@@ -41,7 +45,7 @@ PER_RUN = ("seed", "output_dir")  # set by the runner for each run
 HARMLESS = ("log_every", "eval_every", "save_every", "keep_checkpoints", "num_threads", "wandb", "compile")
 CHECKPOINTS = (  # settings that name a folder
     *("options.model", "options.parts.llm", "options.parts.encoder", "options.parts.speech_tokenizer"),
-    *("options.tokenizer", "options.vocoder"),
+    *("options.parts.projector", "options.tokenizer", "options.vocoder"),
 )
 INCIDENTAL = re.compile(r"(^|\.)(_name_or_path|name_or_path|transformers_version|architectures|dtype|torch_dtype)$")
 
@@ -55,6 +59,7 @@ class Cell:
         varies: resolved keys (or their sections) that the changes bring with them, knowingly.
         seeds: one run each.
         content: the stage's configuration with the changes; without `PER_RUN`.
+        sampling: overrides of the head's own sampling, for the judge.
     """
 
     name: str
@@ -62,6 +67,7 @@ class Cell:
     varies: tuple[str, ...]
     seeds: tuple[int, ...]
     content: dict[str, Any]
+    sampling: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,9 @@ class Grid:
         max_head_mismatch: largest share by which a head's parameters may differ from the reference's; None: any.
         sec_per_step: known seconds of a step, by cell.
         launch: arguments of `accelerate launch`.
+        base: the file that the cells are deltas of.
+        judge: what the cells are asked.
+        pair: the two cells that matter most, continuous first; None: chosen by the report.
     """
 
     file: Path
@@ -84,6 +93,13 @@ class Grid:
     max_head_mismatch: float | None
     sec_per_step: dict[str, float]
     launch: tuple[str, ...]
+    base: str = ""
+    judge: JudgeOptions = JudgeOptions()
+    pair: tuple[str, str] | None = None
+
+    def cell(self, name: str) -> Cell:
+        """The cell of that name."""
+        return next(cell for cell in self.cells if cell.name == name)
 
     def run_folder(self, cell: Cell, seed: int) -> Path:
         """Where a run is trained."""
@@ -132,8 +148,11 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
-GRID_KEYS = ("base", "name", "folder", "reference", "seeds", "cells", "max_head_mismatch", "sec_per_step", "launch")
-CELL_KEYS = ("set", "varies", "seeds")
+GRID_KEYS = (
+    *("base", "name", "folder", "reference", "seeds", "cells", "max_head_mismatch", "sec_per_step", "launch"),
+    *("judge", "pair"),
+)
+CELL_KEYS = ("set", "varies", "seeds", "sampling")
 LAUNCH = ("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
 
 
@@ -158,6 +177,8 @@ def read_grid(path: str | Path) -> Grid:
         reference = values.get("reference", names[0])
         if reference not in names:
             raise ValueError(f"reference is {reference!r}, which is no cell{nearest(str(reference), names)}")
+        judge = strict(JudgeOptions, values.get("judge"), "judge")
+        pair = _pair(values.get("pair"), names)
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror or error}") from None
     except yaml.YAMLError as error:
@@ -175,7 +196,18 @@ def read_grid(path: str | Path) -> Grid:
         max_head_mismatch=values.get("max_head_mismatch", 0.1),
         sec_per_step={n: float(known) for n in names} if isinstance(known, int | float) else dict(known),
         launch=tuple(map(str, values.get("launch", LAUNCH))),
+        base=str(file.parent / str(values["base"])),
+        judge=judge,
+        pair=pair,
     )
+
+
+def _pair(values: Any, names: list[str]) -> tuple[str, str] | None:
+    if values is None:
+        return None
+    if not isinstance(values, list) or len(values) != 2 or len(set(values)) != 2 or not set(values) <= set(names):
+        raise ValueError(f"pair is {values!r}; give two different cells of {', '.join(names)}")
+    return values[0], values[1]
 
 
 def _known(values: Mapping[str, Any], valid: tuple[str, ...], where: str) -> None:
@@ -206,7 +238,10 @@ def _cell(name: Any, values: Mapping[str, Any], seeds: Any, base: dict[str, Any]
         content.pop(key, None)
     for key, value in changes.items():
         _assign(content, key, value, f"{where}set")
-    return Cell(str(name), changes, tuple(values.get("varies") or ()), tuple(chosen), content)
+    sampling = values.get("sampling") or {}
+    if not isinstance(sampling, dict):
+        raise ValueError(f"{where}sampling is {sampling!r}; give a mapping such as {{temperature: 0.8}}")
+    return Cell(str(name), changes, tuple(values.get("varies") or ()), tuple(chosen), content, sampling)
 
 
 def _assign(content: dict[str, Any], key: str, value: Any, where: str) -> None:
@@ -231,7 +266,7 @@ def check(grid: Grid) -> tuple[list[Checked], list[str], list[str]]:
     for each in cells:
         _check_delta(each, reference, warnings)
     for first, second in _pairs(cells):
-        if first.resolved and first.resolved == second.resolved:
+        if first.resolved and first.resolved == second.resolved and first.cell.sampling == second.cell.sampling:
             problems.append(f"cells {first.cell.name} and {second.cell.name} are the same run: leave one out")
     return cells, problems, warnings
 
@@ -259,6 +294,10 @@ def _resolve(grid: Grid, cell: Cell, problems: list[str]) -> Checked:
     if checked.plan is not None and isinstance(checked.plan.module, FlowOmniModel):
         model = flat(checked.plan.module.config.to_dict(), "model.")
         checked.resolved |= {key: value for key, value in model.items() if not INCIDENTAL.search(key)}
+        try:
+            strict(checked.plan.module.head.Sampling, cell.sampling, "sampling")
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
     problems += [f"{where}: {reason}" for reason in _no_samples(options)]
     for seed in cell.seeds:
         problems += [f"{where}: {reason}" for reason in _other_run(grid.run_folder(cell, seed), cell)]

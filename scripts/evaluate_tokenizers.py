@@ -40,9 +40,8 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from flowomni.api import BUNDLED_MODEL
-from flowomni.build import load_model
+from flowomni.build import is_whole_model, load_part_tokenizer
 from flowomni.commands import exit_status
-from flowomni.configuration import FlowOmniConfig
 from flowomni.evaluation import Interval
 from flowomni.evaluation.shifts import SHIFTS, Shift
 from flowomni.tokenizers import CodebookUse, SpeechTokenizer, TokenSpec, load_speech_tokenizer
@@ -124,11 +123,8 @@ def _load(path: str, **options: Any) -> SpeechTokenizer:
         raise ValueError(f"{path}: no such folder, and no Hub id either")
     if Path(path).exists() and not any((Path(path) / name).is_file() for name in ("config.json", "config.yaml")):
         raise ValueError(f"{path}: no speech tokenizer there: it has no config.json")
-    config = Path(path) / "config.json"
     try:
-        if config.is_file() and json.loads(config.read_text()).get("model_type") == FlowOmniConfig.model_type:
-            return load_model(path)[0].speech_tokenizer
-        return load_speech_tokenizer(path, **options)
+        return load_part_tokenizer(path) if is_whole_model(path) else load_speech_tokenizer(path, **options)
     except SafetensorError as error:
         raise ValueError(f"{path}: the weights are damaged ({error}): copy them again") from None
 

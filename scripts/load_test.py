@@ -30,6 +30,7 @@ from websockets.exceptions import WebSocketException
 
 RATE_HZ = 24_000
 CHUNK_SEC = 0.04
+BUFFER_SEC = 0.06  # of a player that waits a little before it begins
 PERCENTILES = (50, 95, 99)
 
 
@@ -56,13 +57,12 @@ class Turn:
         times = [when for when, _ in self.arrivals]
         return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
 
-    @property
-    def num_late(self) -> int:
-        """Chunks that a player which starts with the first one would have missed: it ran dry before they came."""
+    def num_late(self, buffer_sec: float = 0.0) -> int:
+        """Chunks before which a player ran dry that starts `buffer_sec` after the first one."""
         due, late = 0.0, 0
         for when, samples in self.arrivals:
             if not due:
-                due = when
+                due = when + buffer_sec
             elif when > due:
                 late += 1
                 due = when  # it goes on from here
@@ -127,7 +127,7 @@ class Talker:
         return turns
 
     async def _speak(self, timeout_sec: float) -> None:
-        pace = _Pace()
+        pace = Pace()
         for chunk in _chunks(self.wav_S):
             await self._append(chunk, pace)
         self.turn.speech_end = time.perf_counter()
@@ -139,17 +139,17 @@ class Talker:
             await self._append(quiet, pace)
 
     async def _silence(self, seconds: float) -> None:
-        pace = _Pace()
+        pace = Pace()
         for chunk in _chunks(np.zeros(round(seconds * RATE_HZ), np.float32)):
             await self._append(chunk, pace)
 
-    async def _append(self, wav_S: np.ndarray, pace: _Pace) -> None:
+    async def _append(self, wav_S: np.ndarray, pace: Pace) -> None:
         raw = (wav_S * 32_767).astype("<i2").tobytes()
         await self.send("input_audio_buffer.append", audio=base64.b64encode(raw).decode("ascii"))
         await pace.wait(len(wav_S) / RATE_HZ)
 
 
-class _Pace:
+class Pace:
     """Real time without drift."""
 
     def __init__(self) -> None:
@@ -193,7 +193,7 @@ def summary(sessions: Sequence[Sequence[Turn]]) -> dict[str, Any]:
     """Everything that was measured.
 
     `end_to_audio_ms` is from the last sample of speech sent to the first sample received, `stop_to_audio_ms` the same
-    without the silence that ends a turn; `gap_ms` is between chunks; a late chunk left a player dry.
+    without the silence that ends a turn; `gap_ms` is between chunks; a late chunk left a player dry that began at once.
     """
     turns = [turn for talked in sessions for turn in talked]
     answered = [turn for turn in turns if turn.arrivals]
@@ -204,16 +204,18 @@ def summary(sessions: Sequence[Sequence[Turn]]) -> dict[str, Any]:
         "turns": len(turns),
         "answered": len(answered),
         "statuses": {status: statuses.count(status) for status in sorted(set(statuses))},
-        "end_to_audio_ms": _spread([turn.arrivals[0][0] - turn.speech_end for turn in answered]),
-        "stop_to_audio_ms": _spread([t.arrivals[0][0] - t.stopped for t in answered if t.stopped is not None]),
-        "gap_ms": _spread([gap for turn in answered for gap in turn.gaps_sec]),
+        "end_to_audio_ms": spread([turn.arrivals[0][0] - turn.speech_end for turn in answered]),
+        "stop_to_audio_ms": spread([t.arrivals[0][0] - t.stopped for t in answered if t.stopped is not None]),
+        "gap_ms": spread([gap for turn in answered for gap in turn.gaps_sec]),
         "chunks": sum(len(turn.arrivals) for turn in answered),
-        "late_chunks": sum(turn.num_late for turn in answered),
+        "late_chunks": sum(turn.num_late() for turn in answered),
+        "late_chunks_buffered": sum(turn.num_late(BUFFER_SEC) for turn in answered),
         "answer_sec": round(speech_sec, 2),
     }
 
 
-def _spread(seconds: Sequence[float]) -> dict[str, float] | None:
+def spread(seconds: Sequence[float]) -> dict[str, float] | None:
+    """Percentiles in milliseconds; None of nothing."""
     if not seconds:
         return None
     ms = 1000 * np.asarray(seconds)
@@ -235,7 +237,9 @@ def table(found: dict[str, Any]) -> str:
         if spread := found[key]:
             values = "".join(f"{spread[column]:>9.1f}" for column in ("p50", "p95", "p99", "max"))
             lines.append(f"{name:<24}{values}{spread['count']:>8}")
-    lines.append(f"late chunks: {found['late_chunks']} of {found['chunks']}; {found['answer_sec']} s of answers")
+    buffered = f"{found['late_chunks_buffered']} in a player that buffers {1000 * BUFFER_SEC:.0f} ms"
+    late = f"late chunks: {found['late_chunks']} of {found['chunks']}, {buffered}"
+    lines.append(f"{late}; {found['answer_sec']} s of answers")
     return "\n".join(lines)
 
 

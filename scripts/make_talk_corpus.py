@@ -43,7 +43,7 @@ import soxr
 from scipy.signal import butter, fftconvolve, lfilter, sosfilt
 from tqdm import tqdm
 
-from training.talk_text import DIGITS, Pair, corpus_pairs
+from training.talk_text import DIGITS, Pair, corpus_pairs, typed_pairs
 
 QUESTION_HZ = 16_000
 ANSWER_HZ = 24_000
@@ -103,11 +103,11 @@ def answer_path(text: str) -> str:
 # --- what is to be spoken -------------------------------------------------------------------------------------------
 
 
-def plan_questions(num_pairs: int, seed: int, with_human: bool) -> list[Question]:
+def plan_questions(num_pairs: int, seed: int, with_human: bool, num_lists: int = 0) -> list[Question]:
     """Ids, texts and voices of the whole corpus: a pure function of its arguments."""
     counts: Counter[str] = Counter()
     questions = []
-    for pair in corpus_pairs(num_pairs, seed, with_human):
+    for pair in corpus_pairs(num_pairs, seed, with_human, num_lists):
         identity = f"{pair.split}-{counts[pair.split]:06d}"
         counts[pair.split] += 1
         rng = random.Random(f"voice:{seed}:{identity}")
@@ -352,8 +352,17 @@ def _check_settings(out: Path, settings: dict) -> None:
         raise CorpusError(f"{out} holds a corpus made with {found}, not {settings}: choose another --out or delete it")
 
 
-def write_manifest(questions: list[Question], out: Path) -> dict:
-    """manifest.jsonl and stats.json. Returns the statistics."""
+def _typed_lines(pairs: list[Pair]) -> list[dict]:
+    """Conversations of text alone, a family of their own."""
+    lines = []
+    for index, pair in enumerate(pairs):
+        turns = [{"role": "user", "text": pair.question}, {"role": "assistant", "text": pair.answer}]
+        lines.append({"id": f"typed-{index:06d}", "split": pair.split, "family": "typed", "turns": turns})
+    return lines
+
+
+def write_manifest(questions: list[Question], typed: list[Pair], out: Path) -> dict:
+    """manifest.jsonl and stats.json. Returns the statistics, which are of the spoken pairs."""
     lines, seconds_of_answer = [], {}
     hours: Counter[str] = Counter()
     for question in questions:
@@ -379,6 +388,7 @@ def write_manifest(questions: list[Question], out: Path) -> dict:
     hours["answers, distinct"] = sum(seconds_of_answer.values()) / 3600
     stats = corpus_stats(questions, len(seconds_of_answer), hours)
     _write(out / "stats.json", (json.dumps(stats, indent=2) + "\n").encode())
+    lines += _typed_lines(typed)
     _write(out / "manifest.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     return stats
 
@@ -399,18 +409,26 @@ def corpus_stats(questions: list[Question], num_answers: int, hours: Mapping[str
 
 
 def make_corpus(
-    out: Path, num_pairs: int, seed: int, fsdd: Path | None, num_workers: int = 1, only: str = "all"
+    out: Path,
+    num_pairs: int,
+    seed: int,
+    fsdd: Path | None,
+    num_workers: int = 1,
+    only: str = "all",
+    num_lists: int = 0,
+    num_typed: int = 0,
 ) -> dict | None:
     """Speak whatever is not there yet, then write the manifest. Returns the statistics (None if `only` is a part).
 
     Raises CorpusError for a missing synthesiser or a folder that holds another corpus, ValueError for `num_pairs`.
     """
     check_synthesisers()
-    questions = plan_questions(num_pairs, seed, with_human=fsdd is not None)
+    questions = plan_questions(num_pairs, seed, fsdd is not None, num_lists)
     answers = sorted({question.pair.answer for question in questions})
     for folder in ("answers", "questions/train", "questions/valid", "questions/test"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    settings = {"version": CORPUS_VERSION, "num_pairs": num_pairs, "seed": seed, "human": fsdd is not None}
+    settings = {"version": CORPUS_VERSION, "num_pairs": num_pairs, "num_lists": num_lists, "num_typed": num_typed}
+    settings |= {"seed": seed, "human": fsdd is not None}
     _check_settings(out, settings)
     tasks = _plan_tasks(questions, answers, only)
     work = partial(_work, out=out, fsdd=fsdd)
@@ -423,7 +441,7 @@ def make_corpus(
             with multiprocessing.get_context("spawn").Pool(num_workers, signal.signal, ignore_interrupt) as pool:
                 for count in pool.imap_unordered(work, tasks):
                     bar.update(count)
-    return write_manifest(questions, out) if only == "all" else None
+    return write_manifest(questions, typed_pairs(num_typed, seed), out) if only == "all" else None
 
 
 def find_fsdd(folder: Path | None) -> Path | None:
@@ -450,6 +468,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Speak the talk corpus: questions in many voices, answers in one.")
     parser.add_argument("--out", type=Path, default=Path("data/talk"), help="folder to write (default: data/talk)")
     parser.add_argument("--num-pairs", type=int, default=24_000, help="questions with answers (default: 24000)")
+    parser.add_argument(
+        "--num-lists", type=int, help="more training pairs of say, digits and add (default: half of --num-pairs)"
+    )
+    parser.add_argument("--num-typed", type=int, help="sums that are only typed (default: as many as --num-pairs)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fsdd", type=Path, help=f"folder of real spoken digits (default: {DEFAULT_FSDD} if there)")
     parser.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
@@ -457,8 +479,11 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         fsdd = find_fsdd(options.fsdd)
+        num_workers = max(1, options.num_workers)
+        num_lists = options.num_pairs // 2 if options.num_lists is None else max(0, options.num_lists)
+        num_typed = options.num_pairs if options.num_typed is None else max(0, options.num_typed)
         stats = make_corpus(
-            options.out, options.num_pairs, options.seed, fsdd, max(1, options.num_workers), options.only
+            options.out, options.num_pairs, options.seed, fsdd, num_workers, options.only, num_lists, num_typed
         )
     except (ValueError, OSError) as error:
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC

@@ -51,7 +51,7 @@ def conditions(
     if not kept:
         raise ValueError(f"--corpus {corpus} has no held-out answer (one file name in 50): give a larger corpus")
     words = _words(answers.values())
-    spoken = [_read(path, text) for path, text in _spread(kept, num)]
+    spoken = [_read(path, text) for path, text in spread(kept, num)]
     for index, shift in enumerate(shifts):
         rng = np.random.default_rng((seed, index))
         clips = tuple(dataclasses.replace(clip, wav_S=shift(clip.wav_S, RATE_HZ, rng)) for clip in spoken)
@@ -63,7 +63,7 @@ def conditions(
         if item.voice_group == "unseen" and item.question.audio and item.question.text
     ]
     if unseen:
-        clips = tuple(_read(path, text) for path, text in _spread(unseen, num))
+        clips = tuple(_read(path, text) for path, text in spread(unseen, num))
         yield Condition(UNSEEN, clips, _words(question.text for question in questions))
     digits = human_digits(fsdd, num, seed)
     if digits:
@@ -110,7 +110,7 @@ def _words(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted({word for text in texts for word in text.split()}))
 
 
-def _spread(values: Sequence[Any], num: int) -> list[Any]:
+def spread(values: Sequence[Any], num: int) -> list[Any]:
     """`num` of them, evenly spread."""
     num = min(num, len(values))
     return [values[index * len(values) // num] for index in range(num)]

@@ -7,65 +7,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import soundfile
-import torch
-import yaml
 
 from flowomni.heads.sizes import num_head_parameters
-from flowomni.tokenizers import MelTokenizer, MelTokenizerConfig
 from flowomni.tokenizers.base import TokenSpec
 from scripts.ablate import Run, at_equal_budgets, launch, main, print_plan, read_history
 from scripts.ablation_grid import Checked, Grid, check, read_grid
-from tests.tiny import ENCODER, INSTRUCTIONS, save_tiny_parts
+from tests.grids import DELAY, tiny_stage, write
+from tests.tiny import INSTRUCTIONS
 
 GRIDS = sorted(Path(__file__).resolve().parent.parent.glob("configs/ablations/*.yaml"))
-SIZES = {"latent_dim": 6, "width": 16, "intermediate_dim": 16, "frame_width": 8}
-LAYERS = {"num_encoder_layers": 1, "num_decoder_layers": 1, "num_frame_layers": 1}
-VOCODER = {"dim": 16, "intermediate_dim": 16, "num_layers": 2}
-DELAY = {"kind": "delay", "width": 16, "num_blocks": 1, "code_dim": 8}
-
-
-def write(path: Path, content: Any) -> Path:
-    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
-    return path
 
 
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A stage `speech` of a tiny model and a corpus of two conversations; `codes` holds a tokenizer of three codes."""
-    folder = tmp_path_factory.mktemp("speech")
-    parts = save_tiny_parts(folder)
-    codes = {"bottleneck": "rvq", "num_codebooks": 3, "codebook_size": 16}
-    torch.manual_seed(0)
-    MelTokenizer(MelTokenizerConfig(autoencoder=SIZES | LAYERS | codes, vocoder=VOCODER)).save_pretrained(
-        folder / "codes"
-    )
-    soundfile.write(folder / "a.wav", 0.1 * np.sin(np.arange(4_800) / 10), 24_000)
-    lines = []
-    for split in ("train", "valid"):
-        says = {"role": "assistant", "text": "one", "audio": "a.wav", "duration_sec": 0.2}
-        lines.append(json.dumps({"id": split, "split": split, "turns": [{"role": "user", "text": "one"}, says]}))
-    (folder / "manifest.jsonl").write_text("\n".join(lines))
-    return {
-        "stage": "speech",
-        "output_dir": "unused",
-        "max_steps": 4,
-        "options": {
-            "manifest": str(folder),
-            "parts": {
-                **parts,
-                "encoder": ENCODER,
-                "head": {"kind": "flow", "width": 64, "num_blocks": 1},
-                "output_blocks": {"num_layers": 1, "num_heads": 2},
-                "layout": {"instructions": INSTRUCTIONS, "max_answer_tokens": 12},
-            },
-            "tasks": {"text_to_speech": 1.0},
-            "batch_size": 1,
-            "num_eval": 1,
-        },
-    }
+    return tiny_stage(tmp_path_factory.mktemp("speech"))
 
 
 @pytest.fixture
@@ -200,6 +157,7 @@ def test_heads_of_other_sizes_are_refused_with_a_width_that_fits(grid_of: Any) -
     ("changes", "message"),
     [
         ({"options.parts.speech_tokenizer": "runs/x/vq/final"}, "parts.speech_tokenizer is 'runs/x/vq/final', where"),
+        ({"options.parts.projector": "runs/x/final"}, "parts.projector is 'runs/x/final', where"),
         ({"options.num_eval": 0}, "num_eval is 0: it would have no samples"),
         ({"options.tasks": {"transcribe": 1.0}}, "none of these speaks"),
         ({"options.manifest": "nowhere"}, "options.manifest: nowhere: no such manifest"),

@@ -54,6 +54,35 @@ def test_a_saved_model_is_the_same_model(tiny: Tiny, tmp_path: Path) -> None:
     assert torch.equal(again.layout.example(turns).text_BL, processor.layout.example(turns).text_BL)
 
 
+def test_parts_may_come_from_a_whole_model(tiny: Tiny, tmp_path: Path) -> None:
+    """Language model, ears and what reads them are the model's own, to the bit; the voice is new."""
+    model, processor = tiny
+    save_model(model, processor, tmp_path)
+    whole: dict[str, Any] = dict.fromkeys(("llm", "encoder", "projector", "speech_tokenizer"), str(tmp_path))
+    changes = {"head": {"kind": "regression"}, "loss": {"text_ctc_weight": 0.5}}
+    made, again = assemble(**(SMALL | whole | changes))
+    assert made.config.head["kind"] == "regression" and again.text_eos_id == processor.text_eos_id
+    state, given = made.state_dict(), model.state_dict()
+    taken = ("llm.", "encoder.", "projector.", "speech_tokenizer.", "text_ctc.")
+    assert not any(name.startswith("ctc.") for name in state), "what the new model does not read is not taken"
+    for name in state:
+        if name.startswith(taken):
+            assert torch.equal(state[name], given[name]), name
+    assert not torch.equal(state["state_head.classify.weight"], given["state_head.classify.weight"])
+
+
+def test_a_whole_model_without_ears_gives_none(tmp_path: Path) -> None:
+    save_model(*tiny_model(encoder=None), tmp_path)
+    parts = save_tiny_parts(tmp_path / "parts")
+    small = {key: value for key, value in SMALL.items() if key != "encoder"}
+    with pytest.raises(ValueError, match="encoder: the model in .* has no speech encoder"):
+        assemble(**parts, **small, encoder=str(tmp_path))
+    with pytest.raises(ValueError, match="projector: '.*' has no ears"):
+        assemble(**parts, **SMALL, projector=str(tmp_path))
+    with pytest.raises(ValueError, match="projector: this model has no ears"):
+        assemble(**parts, **small, projector=str(tmp_path))
+
+
 def test_a_text_tokenizer_stays_what_it_was(tiny: Tiny, tmp_path: Path) -> None:
     """One of our own beside a Qwen2 model once came back with Qwen2's pre-tokenizer: every word spelled, no spaces."""
     made = build_text_tokenizer(WORDS)

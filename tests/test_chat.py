@@ -18,7 +18,7 @@ import torch
 from flowomni.streams import SpeechState
 from inference import chat
 from inference.chat import Player
-from tests.test_session import QUESTIONS, question, quiet
+from tests.conversing import QUESTIONS, question, quiet
 from tests.tiny import INSTRUCTIONS, tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -76,12 +76,14 @@ def test_speaking_stops_what_is_played(model: str, tmp_path: Path, capsys: pytes
     assert capsys.readouterr().out.count("answer: ") == 2
 
 
-def test_in_real_time_a_second_takes_a_second(model: str, tmp_path: Path) -> None:
+def test_in_real_time_a_second_takes_a_second(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where nobody speaks, which is told."""
     path = tmp_path / "microphone.wav"
     soundfile.write(path, quiet(1.0), 16_000)
     began = time.monotonic()
     assert chat.main(["--wav", str(path), "--model", model]) == 0
     assert time.monotonic() - began > 1.0 + 0.5 + 0.5
+    assert capsys.readouterr().err == f"no speech was found in {path}\n"
 
 
 def test_ctrl_c_ends_the_conversation(model: str, microphone: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -30,33 +29,9 @@ from inference.session import (
     SessionOptions,
     TextDelta,
 )
-from tests.test_session import done, events, names, quiet, sound, spoken
-from tests.tiny import lively_model
+from tests.conversing import PATIENCE_SEC, WORDS, done, events, names, quiet, sound, spoken, until
 
 ALWAYS_ON = 1 - 1e-9  # the stop threshold of an answer that speaks up to its limit
-PATIENCE_SEC = 300.0
-WORDS = ["one", "two", "three", "four", "five"]
-
-
-@pytest.fixture(scope="module")
-def omni() -> FlowOmni:
-    return FlowOmni(*lively_model())
-
-
-@pytest.fixture
-def engine(omni: FlowOmni) -> Iterator[Engine]:
-    with Engine(omni, max_sessions=4) as engine:
-        yield engine
-
-
-def until(session: Session, kind: type) -> list[Event]:
-    """Events up to the first of a kind."""
-    found: list[Event] = []
-    while not found or not isinstance(found[-1], kind):
-        event = session.poll(PATIENCE_SEC)
-        assert event is not None, f"no {kind.__name__} came after {names(found)}"
-        found.append(event)
-    return found
 
 
 # ------------------------------------------------------------------------------------------------ rows join and leave

@@ -20,10 +20,14 @@ import soundfile
 from starlette.responses import Response
 from starlette.routing import Route
 
+from flowomni import FlowOmni
 from flowomni.audio import read_audio
+from flowomni.evaluation import hear
+from flowomni.evaluation.metrics import word_error_rate
 from inference.demo import DATA
 from inference.engine import Engine
 from inference.server.app import Server, ServerOptions
+from inference.session import SessionOptions
 from tests.serving import SPOKEN, serving, talkative_model
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -31,6 +35,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 RATE = 24_000
 QUESTION = DATA / "questions" / "test"
+CONVERSATIONS = [json.loads(line) for line in (DATA / "manifest.jsonl").read_text().splitlines()]
 RECORDER = """registerProcessor("recorder", class extends AudioWorkletProcessor {
   process([[channel]]) { if (channel) this.port.postMessage(channel.slice()); return true; }
 });"""
@@ -64,20 +69,17 @@ def question(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recordable(engine: Engine, **options: Any) -> Server:
     """A server that also gives the page the recorder."""
-    server = Server(engine, ServerOptions(session=SPOKEN, **options))
+    server = Server(engine, ServerOptions(**({"session": SPOKEN} | options)))
     script = Route("/static/recorder.js", lambda _: Response(RECORDER, media_type="text/javascript"))
     server.app.router.routes.insert(0, script)
     return server
 
 
 @contextmanager
-def browser(microphone: Path | None = None) -> Iterator[Any]:
-    arguments = [
-        "--no-sandbox",
-        "--disable-gpu",
-        "--autoplay-policy=no-user-gesture-required",
-        "--use-fake-ui-for-media-stream",
-    ]
+def browser(microphone: Path | None = None, allowed: bool = True) -> Iterator[Any]:
+    arguments = ["--no-sandbox", "--disable-gpu", "--autoplay-policy=no-user-gesture-required"]
+    refused = ["--deny-permission-prompts", "--use-fake-device-for-media-stream"]
+    arguments += ["--use-fake-ui-for-media-stream"] if allowed else refused
     if microphone is not None:
         arguments += ["--use-fake-device-for-media-stream", f"--use-file-for-fake-audio-capture={microphone}%noloop"]
     with playwright.sync_playwright() as tools:
@@ -91,7 +93,7 @@ def browser(microphone: Path | None = None) -> Iterator[Any]:
 class Watched:
     """A page of the server, with every event that went over its websocket and everything that went wrong."""
 
-    def __init__(self, chromium: Any, port: int):
+    def __init__(self, chromium: Any, port: int, script: str = ""):
         self.sent: list[dict[str, Any]] = []
         self.sent_at: list[float] = []
         self.received: list[dict[str, Any]] = []
@@ -100,6 +102,7 @@ class Watched:
         self.origin = f"http://127.0.0.1:{port}"
         self.page = chromium.new_page()
         self.page.set_default_timeout(120_000)
+        self.page.add_init_script(script)
         self.page.on("websocket", self._watch)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
@@ -195,6 +198,79 @@ def test_the_page_hears_a_question_and_plays_the_answer(engine: Engine, question
         assert page.inner_text("#log li.model .said").strip() == transcript.strip()
         assert page.inner_text("#latency").endswith("ms")
         watched.finish()
+
+
+def test_a_question_is_understood_and_the_answer_too(tmp_path: Path) -> None:
+    """The model in the box hears the microphone's sum, and what the loudspeaker plays is recognised as its answer."""
+    sums = [each["turns"] for each in CONVERSATIONS if (each["family"], each["split"]) == ("plus", "train")]
+    asked = sums[0][0]
+    words = {word for each in CONVERSATIONS for turn in each["turns"] for word in turn["text"].split()}
+    silent_S = np.zeros(24_000, np.float32)
+    microphone = tmp_path / "question.wav"
+    question_S = np.concatenate([silent_S, read_audio(DATA / asked["audio"], 48_000).wav_S, silent_S])
+    soundfile.write(microphone, question_S, 48_000, subtype="PCM_16")
+    with Engine(FlowOmni.from_pretrained()) as engine:
+        server = recordable(engine, session=SessionOptions())
+        with serving(server) as port, browser(microphone) as chromium:
+            watched = Watched(chromium, port)
+            watched.page.click("#talk")
+            watched.page.wait_for_function(AFTER_SPEAKER)
+            watched.page.evaluate(TAP)
+            watched.until(lambda: watched.got("response.done"), seconds=300)
+            watched.until(lambda: watched.page.inner_text("#spoken") == "silent", seconds=60)
+            watched.page.wait_for_timeout(300)
+            text, played_S = watched.page.inner_text("#log li.model .said"), watched.played_S()
+            watched.finish()
+    assert " plus " in text and " is " in text, f"{asked['text']!r} was answered by {text!r}"
+    [recognised] = hear([played_S], RATE, sorted(words))
+    assert word_error_rate([text], [recognised]).rate <= 1 / 3, f"{recognised!r} was heard instead of {text!r}"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_without_a_microphone_typing_works(engine: Engine, there: bool) -> None:
+    """Refused, or not there at all."""
+    why = "the browser was not allowed to use the microphone" if there else "no microphone was found"
+    with serving(recordable(engine)) as port, browser(allowed=not there) as chromium:
+        watched = Watched(chromium, port)
+        watched.page.click("#talk")
+        watched.page.wait_for_selector("#log li.error")
+        assert f"{why}; typing works" in watched.page.inner_text("#log li.error")
+        assert watched.page.inner_text("#heard") == "silent" and watched.page.inner_text("#status") == "connected"
+        watched.type("hello")
+        watched.until(lambda: watched.got("response.done"))
+        watched.finish()
+
+
+def test_without_sound_answers_come_as_text(engine: Engine) -> None:
+    """As on a page by http from another machine: browsers have no AudioWorklet there."""
+    with serving(recordable(engine)) as port, browser() as chromium:
+        watched = Watched(chromium, port, script="delete window.AudioWorkletNode")
+        watched.type("hello")
+        watched.until(lambda: watched.got("response.done"))
+        assert "answers come as text" in watched.page.inner_text("#log li.error")
+        assert watched.page.inner_text("#status") == "connected, text only"
+        said = watched.got("response.output_text.done")[0]["text"]
+        assert watched.page.inner_text("#log li.model .said").strip() == said.strip() != ""
+        watched.until(lambda: watched.page.is_disabled("#interrupt"))
+        watched.finish()
+
+
+def test_a_server_that_goes_and_comes_back(engine: Engine) -> None:
+    """The page says so, and goes on when asked to, without being loaded anew."""
+    with browser() as chromium:
+        with serving(recordable(engine)) as port:
+            watched = Watched(chromium, port)
+            watched.type("hello")
+            watched.until(lambda: watched.got("response.done"))
+        watched.page.wait_for_selector("#log li.error")
+        assert "try again" in watched.page.inner_text("#status")
+        watched.type("hello")
+        watched.page.wait_for_selector("#log li.error >> nth=1")
+        assert "the server does not answer" in watched.page.inner_text("#log li.error >> nth=1")
+        with serving(recordable(engine), port=port):
+            watched.type("hello")
+            watched.until(lambda: len(watched.got("response.done")) == 2)
+            assert watched.page.inner_text("#status") == "connected"
 
 
 def test_keys_words_and_interruption(engine: Engine) -> None:

@@ -6,15 +6,11 @@ Shapes: S samples, L positions.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
 import soxr
 import torch
 
@@ -47,69 +43,16 @@ from inference.session import (
     SpeechStopped,
     TextDelta,
 )
-from tests.tiny import lively_model, tiny_model
+from tests.conversing import WORDS, done, events, names, question, quiet, sound, spoken
+from tests.tiny import tiny_model
 
-QUESTIONS = sorted((Path(__file__).parent.parent / "inference" / "demo_data" / "questions" / "test").glob("*.flac"))
 RULES = TurnRules(False, 0.5, 8000, 4800, 1600, 1600, 80_000)
-WORDS = ["one", "two", "three", "four", "five"]
 MANUAL = SessionOptions(vad=None)
-
-
-def question(number: int) -> np.ndarray:
-    """Real speech at 16 kHz."""
-    return soundfile.read(QUESTIONS[number], dtype="float32")[0]
-
-
-def quiet(sec: float) -> np.ndarray:
-    return np.zeros(round(sec * 16_000), np.float32)
-
-
-def spoken(*numbers: int) -> np.ndarray:
-    """Questions with half a second of silence before and 0.8 s after each."""
-    return np.concatenate([part for n in numbers for part in (quiet(0.5), question(n), quiet(0.8))])
 
 
 def signals(rules: TurnRules, wav_S: np.ndarray, size: int) -> list[Signal]:
     ears = TurnTaker(rules)
     return [signal for start in range(0, len(wav_S), size) for signal in ears.hear(wav_S[start : start + size])]
-
-
-@pytest.fixture(scope="module")
-def omni() -> FlowOmni:
-    return FlowOmni(*lively_model())
-
-
-@pytest.fixture
-def engine(omni: FlowOmni) -> Iterator[Engine]:
-    with Engine(omni, max_sessions=4) as engine:
-        yield engine
-
-
-def events(session: Session, timeout: float = 300.0) -> list[Event]:
-    """All events until nothing more is to come."""
-    found: list[Event] = []
-    deadline = time.monotonic() + timeout
-    while True:
-        at_rest = session.wait(0.01)
-        found += iter(session.poll, None)
-        if at_rest:
-            return found
-        assert time.monotonic() < deadline, f"no end after {names(found)}"
-
-
-def names(found: list[Event]) -> list[str]:
-    """Kinds in order, each run of deltas once."""
-    kinds = ["delta" if isinstance(e, TextDelta | AudioDelta) else type(e).__name__ for e in found]
-    return [kind for i, kind in enumerate(kinds) if i == 0 or kind != "delta" or kinds[i - 1] != "delta"]
-
-
-def sound(found: list[Event]) -> np.ndarray:
-    return np.concatenate([*(e.wav_S for e in found if isinstance(e, AudioDelta)), np.zeros(0, np.float32)])
-
-
-def done(found: list[Event]) -> ResponseDone:
-    [event] = [e for e in found if isinstance(e, ResponseDone)]
-    return event
 
 
 def offline(omni: FlowOmni, turns: list[Turn], seed: int, **options: Any) -> tuple[str, np.ndarray]:

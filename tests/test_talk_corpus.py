@@ -16,6 +16,7 @@ import soundfile
 
 from scripts import make_talk_corpus as corpus
 from training import talk_text
+from training.manifest import read_manifest
 from training.talk_text import FAMILIES, HELD_OUT_FAMILIES, Pair, corpus_pairs, number_words, sample_pair
 
 NUMBERS = {number_words(n): n for n in range(-999, 1000)}
@@ -156,6 +157,9 @@ def test_corpus_pairs_are_a_function_of_the_seed_and_balanced() -> None:
     assert max(cells.values()) <= 2 * min(cells.values()) + 2
     assert {pair.voice_group for pair in pairs if pair.split == "train"} == {"trained", "human"}
     assert not any(pair.voice_group.endswith("human") for pair in corpus_pairs(2400, seed=0, with_human=False))
+    more = corpus_pairs(2400, seed=0, num_lists=200)
+    assert more[:2400] == pairs and {pair.family for pair in more[2400:]} == {"say", "digits", "add"}
+    assert not any(talk_text.is_held_out(pair.family, pair.question) for pair in more[2400:])
 
 
 @pytest.mark.parametrize("call", [lambda: sample_pair(random.Random(0), "dev"), lambda: corpus_pairs(10, seed=0)])
@@ -239,7 +243,7 @@ def test_noise_has_unit_power_and_its_color(kind: str) -> None:
 
 # --- the whole corpus -------------------------------------------------------------------------------------------------
 
-NUM_PAIRS = 80
+NUM_PAIRS, NUM_LISTS, NUM_TYPED = 80, 6, 5
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +251,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A small corpus, and the recordings it was made with."""
     folder = tmp_path_factory.mktemp("talk")
     fsdd = recordings(folder / "takes")
-    corpus.make_corpus(folder / "corpus", NUM_PAIRS, seed=0, fsdd=fsdd)
+    corpus.make_corpus(folder / "corpus", NUM_PAIRS, seed=0, fsdd=fsdd, num_lists=NUM_LISTS, num_typed=NUM_TYPED)
     return folder / "corpus", fsdd
 
 
@@ -257,8 +261,13 @@ def manifest(folder: Path) -> list[dict]:
 
 @needs_synthesisers
 def test_manifest_tells_the_truth(made: tuple[Path, Path]) -> None:
+    read_manifest(made[0], "train")  # takes every line
     lines = manifest(made[0])
-    assert len(lines) == NUM_PAIRS
+    typed = [line for line in lines if line["family"] == "typed"]
+    assert len(typed) == NUM_TYPED and not any("audio" in turn for line in typed for turn in line["turns"])
+    lines = [line for line in lines if line not in typed]
+    assert len(lines) == NUM_PAIRS + NUM_LISTS
+    assert len({line["turns"][0]["audio"] for line in lines}) == len(lines)
     for line in lines:
         assert list(line) == ["id", "split", "family", "voice", "voice_group", "turns"]
         assert line["family"] in FAMILIES
@@ -278,11 +287,11 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(made: tuple[Path, Path]) -> Non
     """And only what is missing is spoken: with two processes, where the first run had one."""
     folder, fsdd = made
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    removed = [folder / turn["audio"] for line in manifest(folder)[:80:8] for turn in line["turns"]]
+    removed = [folder / turn["audio"] for line in manifest(folder)[:NUM_PAIRS:8] for turn in line["turns"]]
     kept = {path: path.stat().st_mtime_ns for path in before if path.suffix == ".flac" and path not in removed}
     for path in {*removed, folder / "manifest.jsonl"}:
         path.unlink()
-    corpus.make_corpus(folder, NUM_PAIRS, seed=0, fsdd=fsdd, num_workers=2)
+    corpus.make_corpus(folder, NUM_PAIRS, seed=0, fsdd=fsdd, num_workers=2, num_lists=NUM_LISTS, num_typed=NUM_TYPED)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 

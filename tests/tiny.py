@@ -111,7 +111,7 @@ def tiny_model(seed: int = 0, **sections: Any) -> tuple[FlowOmniModel, FlowOmniP
         "layout": {"instructions": INSTRUCTIONS, "max_answer_tokens": 12},
         "loss": {"ctc_weight": 0.5, "text_ctc_weight": 0.5},
     }
-    model, processor = assemble(**parts, **(values | sections))
+    model, processor = assemble(**(parts | values | sections))
     for parameter in model.head.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model.eval(), processor

@@ -153,14 +153,16 @@ def _speech_config(options: SpeechOptions, sizes: Sizes) -> FlowOmniConfig:
         return FlowOmniConfig(**(values | sections))
     encoder = parts.encoder
     if isinstance(encoder, str):
-        encoder = sizes.of(encoder, "options.parts.encoder")
+        encoder = _part(sizes.of(encoder, "options.parts.encoder"), "encoder")
         if not isinstance(encoder, WhisperConfig):
             raise ValueError(
                 f"options.parts.encoder: {parts.encoder!r} is a {encoder.model_type!r} checkpoint, not a Whisper"
             )
-    speech_tokenizer: Any = sizes.of(parts.speech_tokenizer, "options.parts.speech_tokenizer")
+    speech_tokenizer: Any = _part(
+        sizes.of(parts.speech_tokenizer, "options.parts.speech_tokenizer"), "speech_tokenizer"
+    )
     return FlowOmniConfig(
-        llm=sizes.of(parts.llm, "options.parts.llm"),
+        llm=_part(sizes.of(parts.llm, "options.parts.llm"), "llm"),
         encoder=encoder,
         speech_tokenizer=speech_tokenizer,
         head=parts.head,
@@ -171,8 +173,13 @@ def _speech_config(options: SpeechOptions, sizes: Sizes) -> FlowOmniConfig:
     )
 
 
+def _part(config: Any, name: str) -> Any:
+    """Of a whole model's config, that of a part."""
+    return getattr(config, name) if isinstance(config, FlowOmniConfig) else config
+
+
 def _tokenizer_config(sizes: Sizes, path: str, what: str) -> MelTokenizerConfig:
-    config = sizes.of(path, what)
+    config = _part(sizes.of(path, what), "speech_tokenizer")
     if not isinstance(config, MelTokenizerConfig):
         raise ValueError(f"{what}: {path!r} holds a {config.model_type!r} model, not a mel tokenizer")
     return config

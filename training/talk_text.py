@@ -243,6 +243,10 @@ FAMILIES = tuple(_FAMILIES)
 FAMILY_SHARES = {family: share for family, (share, _) in _FAMILIES.items()}
 HELD_OUT_FAMILIES = ("plus", "minus", "times", "say", "digits", "add", "other")
 HUMAN_SHARE = 1500 / 22_700  # of the training pairs: digits read by people
+# Of further training pairs: a few thousand lists are learned by heart instead of word by word.
+LIST_SHARES = {"say": 0.6, "digits": 0.2, "add": 0.2}
+# Of pairs that are only typed, so that a model which learns to hear and to speak does not forget how to reckon.
+TYPED_SHARES = {"minus": 0.35, "plus": 0.25, "add": 0.25, "times": 0.15}
 
 
 def split_of(family: str, question: str) -> str:
@@ -317,17 +321,29 @@ def _spoken_shares(with_human: bool) -> list[float]:
     return [share - human if family == "digits" else share for family, share in FAMILY_SHARES.items()]
 
 
-def corpus_pairs(num_pairs: int, seed: int, with_human: bool = True) -> list[Pair]:
+def corpus_pairs(num_pairs: int, seed: int, with_human: bool = True, num_lists: int = 0) -> list[Pair]:
     """All pairs of a corpus, train, then valid (1/80), then test (1/24, balanced over family x voice group).
 
     A pure function of its arguments. `with_human` gives a part of the digits to human speakers (voice groups `human`
-    and, in the test alone, `unseen_human`). Raises ValueError if `num_pairs` is too small to hold every split.
+    and, in the test alone, `unseen_human`). `num_lists` more training pairs by `LIST_SHARES` come last. Raises
+    ValueError if `num_pairs` is too small to hold every split.
     """
     if num_pairs < 80:
         raise ValueError(f"num_pairs is {num_pairs}, but valid and test need at least 80 pairs; pass 80 or more")
     counts = {"valid": num_pairs // 80, "test": num_pairs // 24}
     counts = {"train": num_pairs - sum(counts.values()), **counts}
-    return [_corpus_pair(split, index, seed, with_human) for split in SPLITS for index in range(counts[split])]
+    pairs = [_corpus_pair(split, index, seed, with_human) for split in SPLITS for index in range(counts[split])]
+    return pairs + _further_pairs(LIST_SHARES, num_lists, f"{seed}:lists")
+
+
+def typed_pairs(num_pairs: int, seed: int) -> list[Pair]:
+    """Training pairs by `TYPED_SHARES`: a pure function of its arguments."""
+    return _further_pairs(TYPED_SHARES, num_pairs, f"{seed}:typed")
+
+
+def _further_pairs(shares: dict[str, float], num_pairs: int, seed: str) -> list[Pair]:
+    rngs = [random.Random(f"{seed}:{index}") for index in range(num_pairs)]
+    return [sample_family(rng.choices(list(shares), list(shares.values()))[0], rng, "train") for rng in rngs]
 
 
 def answer_vocabulary() -> list[str]:

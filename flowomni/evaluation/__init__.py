@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from .listening import Clip, Heard, Listener, listen
+from .listening import Clip, Heard, Listener, Workers, listen
 from .metrics import Interval, WordErrors, bootstrap_interval, right_share, word_error_rate
 from .quality import Dnsmos, Quality
 from .recognise import Recogniser
@@ -20,6 +20,7 @@ __all__ = [
     "Quality",
     "Recogniser",
     "WordErrors",
+    "Workers",
     "bootstrap_interval",
     "hear",
     "listen",

@@ -108,7 +108,7 @@ def bootstrap_interval(
     assert all(len(part) == num for ratio in ratios for part in ratio), "one value a question"
     if num == 0 or any(counts.sum() == 0 for _, counts in ratios):
         return Interval(float("nan"), float("nan"), float("nan"), 0)
-    draws_RN = _draws(num, seed)
+    draws_RN = draws(num, seed)
     with np.errstate(invalid="ignore"):
         scores_R = [(draws_RN @ sums) / (draws_RN @ counts) for sums, counts in ratios]
     difference_R = scores_R[0] - scores_R[1] if minus else scores_R[0]
@@ -116,8 +116,8 @@ def bootstrap_interval(
     return Interval(float(difference_R[0]), float(low), float(high), num)
 
 
-@lru_cache(maxsize=2)  # all scores of a group of questions share it
-def _draws(num: int, seed: int) -> np.ndarray:
+@lru_cache(maxsize=8)  # all scores of a group of questions share it
+def draws(num: int, seed: int) -> np.ndarray:
     """How often each resample draws each question; the first row is the questions as they are."""
     draws_RN = np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), NUM_RESAMPLES)
     return np.concatenate([np.ones((1, num)), draws_RN])

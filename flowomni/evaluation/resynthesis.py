@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..audio import resample
-from .metrics import Interval, _draws, bootstrap_interval
+from .metrics import Interval, bootstrap_interval, draws
 
 _PESQ_RATE_HZ = 16_000
 _PESQ_LOWEST = 1.0
@@ -76,7 +76,7 @@ def word_information_interval(
     num = len(information.hits_N)
     if num == 0 or information.reference_words_N.sum() == 0:
         return Interval(float("nan"), float("nan"), float("nan"), 0)
-    draws_RN = _draws(num, seed)
+    draws_RN = draws(num, seed)
     lost_R = _lost(*(draws_RN @ getattr(information, field.name) for field in fields(information)))
     if minus is not None:
         assert len(minus.hits_N) == num, "one value a clip"

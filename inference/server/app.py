@@ -351,11 +351,11 @@ class _SafeHeaders:
 
 
 @contextlib.asynccontextmanager
-async def running(server: Server, **uvicorn_options: Any) -> AsyncIterator[int]:
-    """The server on a port of this process, for tests and programs: `async with running(server) as port`."""
+async def running(server: Server, port: int = 0, **uvicorn_options: Any) -> AsyncIterator[int]:
+    """The server on a port of this process, 0 for a free one: `async with running(server) as port`."""
     import uvicorn
 
-    config = uvicorn.Config(server.app, port=0, log_level="warning", **uvicorn_options)
+    config = uvicorn.Config(server.app, port=port, log_level="warning", **uvicorn_options)
     web = uvicorn.Server(config)
     task = asyncio.create_task(web._serve())
     while not web.started:

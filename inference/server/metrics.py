@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -53,6 +63,9 @@ class Metrics:
         self.errors = Counter("flowomni_errors", "error events sent", ["code"], registry=registry)
         self.heard_sec = Counter("flowomni_heard_seconds", "audio taken", registry=registry)
         self.spoken_sec = Counter("flowomni_spoken_seconds", "audio sent", registry=registry)
+        ProcessCollector(registry=registry)  # memory, open files, CPU time
+        GCCollector(registry=registry)
+        Gauge("flowomni_tasks", "asyncio tasks", registry=registry).set_function(_num_tasks)
         if stats is not None:
             registry.register(_EngineCollector(stats))
 
@@ -63,3 +76,10 @@ class Metrics:
     def page(self) -> bytes:
         """In Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+def _num_tasks() -> float:
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:  # asked for outside of the event loop
+        return math.nan

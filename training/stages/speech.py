@@ -68,6 +68,7 @@ class PartsOptions:
     output_blocks: dict[str, Any] = field(default_factory=dict)
     layout: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
+    projector: str | None = None
 
 
 @dataclass

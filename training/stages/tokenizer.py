@@ -22,7 +22,7 @@ from ..adversarial import AdversarialOptions, Adversary
 from ..distillation import CorpusTargets, Distillation, DistillationOptions, Targets, prepare_targets
 from .answers import Answers
 from .base import Loss, Stage
-from .vocoder import evaluate_resynthesis, spectral_losses
+from .vocoder import evaluate_resynthesis, mel_tokenizer, spectral_losses
 
 DEAD_SHARE = 0.1  # a codebook of which less is used carries little more than one of a tenth of its size
 
@@ -33,7 +33,8 @@ class TokenizerOptions:
 
     Attributes:
         corpus: folder of a corpus manifest with `answers/*.flac`.
-        vocoder: checkpoint of the vocoder stage; its mel front, statistics and vocoder become part of this one.
+        vocoder: checkpoint of the vocoder stage, or a FlowOmni model; its mel front, statistics and vocoder become part
+            of this one.
         autoencoder: sizes and bottleneck.
         batch_size, crop_tokens: rows of one micro-batch and their length.
         max_answers: at most so many files are loaded; 0 for all.
@@ -232,7 +233,7 @@ class TokenizerStage(Stage):
 
     def __init__(self, options: TokenizerOptions, seed: int):
         self.options, self.seed = options, seed
-        vocoder = MelTokenizer.from_pretrained(options.vocoder)
+        vocoder = mel_tokenizer(options.vocoder, "vocoder")
         config = MelTokenizerConfig(vocoder.config.mel, options.autoencoder, vocoder.config.vocoder)
         tokenizer = MelTokenizer(config)
         tokenizer.front.load_state_dict(vocoder.front.state_dict())

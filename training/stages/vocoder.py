@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flowomni.build import load_part_tokenizer
 from flowomni.tokenizers import AutoencoderConfig, MelConfig, MelTokenizer, MelTokenizerConfig, VocoderConfig
 
 from .answers import Answers
@@ -31,7 +32,8 @@ class VocoderOptions:
         corpus: folder of a corpus manifest with `answers/*.flac`.
         mel, vocoder: sizes; not used with `tokenizer`, which has its own.
         frames_per_token: patch of the plain-patch tokenizer that this stage saves.
-        tokenizer: checkpoint of a trained MelTokenizer whose vocoder is to be fine-tuned on what its decoder gives.
+        tokenizer: checkpoint of a trained MelTokenizer, or of a FlowOmni model with one, whose vocoder is to be
+            fine-tuned on what its decoder gives.
         decoded_share: share of rows that are decoded from latents then; the others are true mels.
         latent_noise: largest deviation of the noise on those (standardised) latents, uniform per row.
         batch_size, crop_frames: rows of one micro-batch and their length.
@@ -167,7 +169,7 @@ class VocoderStage(Stage):
             plain = AutoencoderConfig.plain_patch(options.frames_per_token, options.mel.num_mels)
             tokenizer = MelTokenizer(MelTokenizerConfig(options.mel, plain, options.vocoder))
         else:
-            tokenizer = MelTokenizer.from_pretrained(options.tokenizer)
+            tokenizer = mel_tokenizer(options.tokenizer, "tokenizer")
             if options.crop_frames % tokenizer.frames_per_token:
                 raise ValueError(
                     f"crop_frames is {options.crop_frames}, but tokenizer {options.tokenizer} has "
@@ -203,6 +205,21 @@ class VocoderStage(Stage):
     def save(self, folder: Path) -> None:
         """A `MelTokenizer` checkpoint."""
         self.module.tokenizer.save_pretrained(folder)
+
+
+def mel_tokenizer(path: str, what: str) -> MelTokenizer:
+    """The mel tokenizer in a folder, on its own or as a part of a FlowOmni model.
+
+    Raises:
+        ValueError: naming option `what`; there is none, or one of another kind.
+    """
+    try:
+        found = load_part_tokenizer(path)
+    except ValueError as error:
+        raise ValueError(f"options.{what}: {error}") from None
+    if not isinstance(found, MelTokenizer):
+        raise ValueError(f"options.{what}: {path!r} holds a {found.config.model_type!r} model, not a mel tokenizer")
+    return found
 
 
 def fit_mel_statistics(tokenizer: MelTokenizer, answers: Answers, num_answers: int = 400) -> None:

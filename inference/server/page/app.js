@@ -10,6 +10,8 @@ const VAD = { type: "server_vad", silence_duration_ms: 500 };
 const state = {
   realtime: null, microphone: null, speaker: null, connecting: null,
   open: false, // the microphone is sent
+  waiting: false, // for the browser to give the microphone
+  silent: "", // why there is no sound on this page: answers come as text alone
   answer: null, // {response, item, played, started, done, line}: the one that is made or played now
   over: new Set(), // responses that were interrupted: what still comes of them is dropped
   turnEnded: 0, latencies: [], asked: new Map(), // lines of the user's items
@@ -40,15 +42,14 @@ function lamp(id, active, text) {
   at(id).textContent = text;
 }
 
-const problem = (text) => line("error", "problem", text);
+const problem = (text) => text && line("error", "problem", text);
 
 function showMicrophone() {
   const free = at("handsfree").checked;
   at("talk").setAttribute("aria-pressed", state.open);
   at("talk").textContent = free ? (state.open ? "Mute microphone" : "Start talking") : (state.open ? "Release to send" : "Hold to talk");
   at("spacehelp").textContent = free ? "mutes the microphone and opens it again" : "held down: talk; released: send";
-  if (!state.open) lamp("heard", false, state.microphone ? "muted" : "silent");
-  else lamp("heard", false, "listening");
+  lamp("heard", false, state.waiting ? "allow the microphone" : state.open ? "listening" : state.microphone ? "muted" : "silent");
 }
 
 function showAnswering() {
@@ -66,11 +67,11 @@ function connect() {
 async function start() {
   if (state.realtime) return state.realtime;
   status("connecting", "off");
-  state.speaker ??= await Speaker.open(onPlayback);
+  if (!state.silent) state.speaker ??= await Speaker.open(onPlayback).catch(withoutSound);
   const realtime = new Realtime(at("key").value);
   state.realtime = realtime;
   realtime
-    .on("session.created", () => { status("connected"); configure(); })
+    .on("session.created", () => { status(state.silent ? "connected, text only" : "connected"); configure(); })
     .on("session.updated", () => realtime.dispatchEvent(new Event("ready")))
     .on("input_audio_buffer.speech_started", () => { lamp("heard", true, "speaking"); interrupt(false); })
     .on("input_audio_buffer.speech_stopped", () => { lamp("heard", false, "listening"); state.turnEnded = performance.now(); })
@@ -78,6 +79,7 @@ async function start() {
     .on("response.created", onResponse)
     .on("response.output_item.added", ({ item, response_id }) => { if (isCurrent(response_id)) beginPlayback(item.id); })
     .on("response.output_audio_transcript.delta", onText)
+    .on("response.output_text.delta", onText)
     .on("response.output_audio.delta", onSound)
     .on("response.output_audio.done", ({ item_id }) => state.speaker.end(item_id))
     .on("response.done", onDone)
@@ -85,25 +87,38 @@ async function start() {
     .on("closed", onClosed);
   await new Promise((resolve, reject) => {
     realtime.addEventListener("ready", resolve, { once: true });
-    realtime.addEventListener("closed", ({ detail }) => reject(new Error(`not connected (${detail.reason || detail.code})`)), { once: true });
+    realtime.addEventListener("closed", ({ detail }) => reject(new Error(why(detail))), { once: true });
   });
   return realtime;
 }
 
 function configure() {
   const detection = at("handsfree").checked ? VAD : null;
-  state.realtime.send("session.update", { session: { type: "realtime", audio: { input: { turn_detection: detection } } } });
+  const output_modalities = [state.silent ? "text" : "audio"];
+  state.realtime.send("session.update", { session: { type: "realtime", output_modalities, audio: { input: { turn_detection: detection } } } });
 }
 
-function onClosed({ code, reason }) {
-  const planned = code === 1000 || code === 1005;
+function withoutSound(error) {
+  state.silent = error.message;
+  problem(`no sound here, answers come as text: ${error.message}`);
+  return null;
+}
+
+function why({ code, reason }) {
+  if (reason) return ""; // an error event has told it
+  return code === 1006 ? "the server does not answer; is it running?" : `the connection was closed (${code})`;
+}
+
+function onClosed(detail) {
+  const planned = detail.code === 1000 || detail.code === 1005;
   state.realtime = null;
   state.speaker?.flush();
   state.answer = null;
   state.open = false;
   showMicrophone();
   showAnswering();
-  status(planned ? "not connected" : `connection lost (${reason || code}): talk or type to connect again`, planned ? "off" : "error");
+  status(planned ? "not connected" : "not connected: talk or type to try again", planned ? "off" : "error");
+  if (!planned && !state.connecting) problem(why(detail)); // while connecting, whoever asked for it tells
 }
 
 // ------------------------------------------------------------------------------------------------------------ the answer
@@ -116,6 +131,7 @@ function onResponse({ response }) {
 }
 
 function beginPlayback(item) {
+  if (state.silent) return;
   state.answer.item = item;
   state.speaker.begin(item);
 }
@@ -136,6 +152,7 @@ function onDone({ response }) {
   if (state.answer?.response !== response.id) return;
   state.answer.done = true; // it may be played for a while yet: the server speaks faster than real time
   if (response.status === "cancelled") cut();
+  else if (state.silent) endAnswer();
 }
 
 function onPlayback(report) {
@@ -186,7 +203,7 @@ function interrupt(asked) {
 
 function cut() {
   state.answer.line.classList.add("cut");
-  state.speaker.flush();
+  state.speaker?.flush();
   endAnswer();
 }
 
@@ -198,16 +215,26 @@ async function openMicrophone() {
     interrupt(true);
     realtime.send("input_audio_buffer.clear");
   }
-  state.open = true;
+  if (!state.microphone) {
+    state.open = state.waiting = true;
+    showMicrophone();
+    try {
+      state.microphone = await Microphone.open((block) => {
+        if (state.open) state.realtime?.send("input_audio_buffer.append", { audio: encode(block) });
+      });
+    } finally { state.waiting = false; }
+    state.microphone.mute(!state.open); // the key may have been released in between
+  } else {
+    state.open = true;
+    state.microphone.mute(false);
+  }
   showMicrophone();
-  state.microphone ??= await Microphone.open((block) => {
-    if (state.open) state.realtime?.send("input_audio_buffer.append", { audio: encode(block) });
-  });
 }
 
 function closeMicrophone() {
   if (!state.open) return;
   state.open = false;
+  state.microphone?.mute(true);
   if (!at("handsfree").checked && state.microphone) {
     state.realtime?.send("input_audio_buffer.commit");
     state.realtime?.send("response.create");
@@ -218,11 +245,17 @@ function closeMicrophone() {
   showMicrophone();
 }
 
+const MICROPHONE = { // what getUserMedia throws, in words
+  NotAllowedError: "the browser was not allowed to use the microphone; typing works",
+  NotFoundError: "no microphone was found; typing works",
+  NotReadableError: "the microphone cannot be opened, another program may be using it; typing works",
+};
+
 const tell = (error) => {
   state.open = false;
   showMicrophone();
-  status(state.realtime ? "connected" : "not connected", state.realtime ? "on" : "error");
-  problem(error.name === "NotAllowedError" ? "the browser was not allowed to use the microphone; typing works" : error.message);
+  if (!state.realtime) status("not connected: talk or type to try again", "error");
+  problem(MICROPHONE[error.name] ?? error.message);
 };
 
 const toggle = () => (state.open ? closeMicrophone() : openMicrophone().catch(tell));
@@ -248,7 +281,7 @@ at("talk").onpointerdown = (event) => {
 at("talk").onpointerup = at("talk").onpointercancel = () => { if (!at("handsfree").checked) closeMicrophone(); };
 at("interrupt").onclick = () => interrupt(true);
 at("handsfree").onchange = () => {
-  if (state.open) { state.open = false; state.realtime?.send("input_audio_buffer.clear"); }
+  if (state.open) { state.open = false; state.microphone?.mute(true); state.realtime?.send("input_audio_buffer.clear"); }
   if (state.realtime) configure();
   showMicrophone();
 };
@@ -264,7 +297,8 @@ at("key").onchange = () => {
   state.realtime?.close();
 };
 
-const busyWithKeys = (target) => target.closest("input, textarea, button, summary, select");
+const holding = (target) => target === at("talk") && !at("handsfree").checked; // then the space bar is held, not pressed
+const busyWithKeys = (target) => !holding(target) && target.closest("input, textarea, button, summary, select");
 document.addEventListener("keydown", (event) => {
   if (event.code === "Escape") { interrupt(true); return; }
   if (event.code !== "Space" || busyWithKeys(event.target)) return;
@@ -273,7 +307,9 @@ document.addEventListener("keydown", (event) => {
   if (at("handsfree").checked) toggle(); else openMicrophone().catch(tell);
 });
 document.addEventListener("keyup", (event) => {
-  if (event.code === "Space" && !at("handsfree").checked && !busyWithKeys(event.target)) closeMicrophone();
+  if (event.code !== "Space" || at("handsfree").checked || busyWithKeys(event.target)) return;
+  event.preventDefault(); // or the button that has the focus would be clicked
+  closeMicrophone();
 });
 
 const you = new Spectrogram(at("you")), model = new Spectrogram(at("model"));

@@ -3,6 +3,10 @@
 export const RATE = 24000;
 const here = (name) => new URL(name, import.meta.url);
 
+function needWorklets() { // an old browser, or a page that came neither by https nor from this machine
+  if (!window.AudioContext || !window.AudioWorkletNode) throw new Error("this browser plays sound for pages only by https or on localhost, or is too old");
+}
+
 /** Base64 of PCM16 from float samples, and back. */
 export function encode(samples) {
   const bytes = new DataView(new ArrayBuffer(samples.length * 2));
@@ -19,7 +23,8 @@ export function decode(base64) {
 export class Microphone {
   /** `onblock` gets 20 ms of samples at 24 kHz at a time. Throws what getUserMedia throws. */
   static async open(onblock) {
-    if (!navigator.mediaDevices) throw new Error("this browser gives the microphone only to https and localhost");
+    if (!navigator.mediaDevices) throw new Error("this browser gives the microphone only to https and localhost; typing works");
+    needWorklets();
     const stream = await navigator.mediaDevices.getUserMedia({
       audio: { echoCancellation: true, noiseSuppression: true, autoGainControl: true, channelCount: 1 },
     });
@@ -46,15 +51,14 @@ export class Microphone {
     await context.resume();
   }
 
-  async close() {
-    this.stream.getTracks().forEach((track) => track.stop());
-    await this.context.close();
-  }
+  /** Muted, the browser shows that nothing is recorded. */
+  mute(muted) { this.stream.getTracks().forEach((track) => { track.enabled = !muted; }); }
 }
 
 export class Speaker {
   /** `onreport` gets {what: "started" | "playing" | "ended" | "full", item, played, left, gaps}. */
   static async open(onreport) {
+    needWorklets();
     const speaker = new Speaker();
     const context = new AudioContext({ sampleRate: RATE, latencyHint: "interactive" });
     await context.audioWorklet.addModule(here("playback-worklet.js"));

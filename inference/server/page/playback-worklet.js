@@ -3,6 +3,7 @@
 
 const SECONDS = 120; // longer than the longest answer: the server speaks faster than real time
 const FADE = 120; // samples, 5 ms: stopping at once would click
+const START = 0.06; // seconds that are there before it begins: the second piece of an answer may come late
 const REPORT = 12; // blocks of 128 samples, 64 ms
 
 class Playback extends AudioWorkletProcessor {
@@ -38,13 +39,15 @@ class Playback extends AudioWorkletProcessor {
 
   flush() { // stop: a short fade, then silence
     if (this.item === null) return;
-    this.fading = Math.max(1, Math.min(FADE, this.written - this.read));
-    this.written = this.read + Math.min(this.fading, this.written - this.read);
+    const left = this.started ? this.written - this.read : 0; // what has not begun does not begin now
+    this.fading = Math.max(1, Math.min(FADE, left));
+    this.written = this.read + Math.min(this.fading, left);
     this.ended = true;
   }
 
   process(_, [[output]]) {
-    const there = Math.min(output.length, this.written - this.read);
+    const ready = this.started || this.ended || this.written >= START * sampleRate;
+    const there = ready ? Math.min(output.length, this.written - this.read) : 0;
     for (let index = 0; index < there; index++) {
       const gain = this.fading ? Math.max(0, (this.written - this.read) / this.fading) : 1;
       output[index] = gain * this.ring[this.read++ % this.ring.length];
