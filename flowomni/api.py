@@ -17,7 +17,9 @@ import torch
 
 from .audio import Audio, read_audio, resample, write_audio
 from .build import load_model
+from .fast import accelerate
 from .generation import GenerationOptions, Step, generate
+from .int8 import quantise
 from .modeling import FlowOmniModel
 from .processing import HEARD_RATE_HZ, FlowOmniProcessor
 from .streams import SpeechState, Streams
@@ -126,10 +128,22 @@ class FlowOmni:
         self.processor = processor
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path | None = None, device: str = "cpu") -> FlowOmni:
-        """Load a model folder; None loads the model in the box."""
+    def from_pretrained(
+        cls, folder: str | Path | None = None, device: str = "cpu", *, compile: bool = False, int8: bool = False
+    ) -> FlowOmni:
+        """Load a model folder; None loads the model in the box.
+
+        Args:
+            compile: compile the steps of generation. The first answer waits for that, for a minute or more; later
+                processes find most of the work on disk.
+            int8: int8 weights for the language model's linear layers; needs torchao, and pays off with `compile`.
+        """
         model, processor = load_model(BUNDLED_MODEL if folder is None else folder)
         model.to(device)  # type: ignore[arg-type]  # transformers wraps it in a way that mypy cannot follow
+        if int8:
+            quantise(model)
+        if compile:
+            accelerate(model)
         return cls(model, processor)
 
     @property

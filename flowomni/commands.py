@@ -17,6 +17,14 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+def add_speed_options(parser: argparse.ArgumentParser) -> None:
+    """`--compile` and `--int8`, see `FlowOmni.from_pretrained`."""
+    parser.add_argument("--compile", action="store_true", help="compile the steps: a slow start, then faster answers")
+    parser.add_argument(
+        "--int8", action="store_true", help="int8 weights: pip install 'flowomni[int8]'; with --compile"
+    )
+
+
 def exit_status(command: Callable[[], int | None], stopped: str = "stopped") -> int:
     """Run `command`: its exit status (None is 0), 2 after a ValueError or OSError, 130 after Ctrl-C.
 

@@ -168,7 +168,7 @@ def read(model: FlowOmniModel, streams: Streams, state: ModelState, heard_NH: Te
     Args:
         heard_NH: one row per True in `streams.heard_BL`, of all rows in order (see `FlowOmniModel.hear`).
     """
-    return Reading(*model.advance(model.embed(streams, heard_NH), streams.mask_BL, state))
+    return Reading(*model.read(streams, state, heard_NH))
 
 
 def begin(

@@ -64,6 +64,7 @@ class OutputBlocks(nn.Module):
         )
         # reads hidden states only; an unused table would distort parameter counts
         self.blocks.embed_tokens = None  # type: ignore[assignment]
+        self.num_layers = config.num_layers
 
     def forward(
         self, hidden_BLH: Tensor, mask_BL: Tensor | None, position_BL: Tensor, cache: DynamicCache | None
@@ -92,6 +93,7 @@ class FlowOmniModel(PreTrainedModel):
     # Set in training for engines (DeepSpeed, FSDP) that need every process to call the same layers in every batch: then
     # no layer is left out because the batch has nothing for it.
     uniform = False
+    fast: Any = None  # `fast.CompiledSteps`, where steps are compiled
 
     def __init__(self, config: FlowOmniConfig):
         super().__init__(config)
@@ -273,6 +275,23 @@ class FlowOmniModel(PreTrainedModel):
             mask_BL=torch.zeros(batch_size, 0, dtype=torch.bool, device=self.device),
             num_seen_B=torch.zeros(batch_size, dtype=torch.int64, device=self.device),
         )
+
+    def embed_steps(self, text_BL: Tensor, state_BL: Tensor, speech_BLX: Tensor, generating_BL: Tensor) -> Tensor:
+        """`embed` of positions that hear nothing, without a decision that depends on the data: what can be compiled."""
+        table = self.get_input_embeddings()
+        x_BLH = table(text_BL.clamp(min=0)) * (text_BL != NONE).unsqueeze(-1)
+        states_BLH = self.state_embedding(state_BL.clamp(min=0)) * (state_BL != NONE).unsqueeze(-1)
+        generating_BL1 = generating_BL.unsqueeze(-1)
+        speech_BLH = self.head.embed(torch.where(generating_BL1, speech_BLX, torch.zeros_like(speech_BLX)))
+        return x_BLH + states_BLH.to(x_BLH.dtype) + (speech_BLH * generating_BL1).to(x_BLH.dtype)
+
+    def read(
+        self, streams: Streams, state: ModelState, heard_NH: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, ModelState]:
+        """Read more positions: `advance` by what `embed` gives, or by a compiled step where that is possible."""
+        if self.fast is not None and heard_NH is None and self.fast.takes(streams, state):
+            return self.fast.read(streams, state)
+        return self.advance(self.embed(streams, heard_NH), streams.mask_BL, state)
 
     def advance(self, embeds_BLH: Tensor, mask_BL: Tensor, state: ModelState) -> tuple[Tensor, Tensor, ModelState]:
         """Read L more positions per row.

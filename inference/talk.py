@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowomni.commands import Parser, exit_status
+from flowomni.commands import Parser, add_speed_options, exit_status
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: a bad command line is answered before
     from flowomni import Answer, FlowOmni, Question
@@ -69,6 +69,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-steps", type=int, help="solver steps (default: what the head was trained for)")
     parser.add_argument("--solver", help="euler, midpoint, dopri5 or map (default: what the head was trained for)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance; 1 is none (default: 1)")
+    add_speed_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object per question")
     parser.add_argument("--plot", type=Path, metavar="p.png", help="draw mel, speech states and text in time")
     options = parser.parse_args(args)
@@ -149,7 +150,7 @@ def talk(options: argparse.Namespace) -> int:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    omni = FlowOmni.from_pretrained(options.model)
+    omni = FlowOmni.from_pretrained(options.model, compile=options.compile, int8=options.int8)
     speak = bool(options.out or options.out_dir or options.json or options.plot)
     settings = {"speak": speak, "seed": options.seed, "sampling": _sampling(options)}
     with warnings.catch_warnings():

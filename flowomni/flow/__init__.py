@@ -3,7 +3,7 @@
 Time runs t = 0 noise to t = 1 data; velocity = data - noise.
 """
 
-from .guidance import guide
+from .guidance import guide, guided_velocity
 from .path import (
     Velocity,
     data_from_velocity,
@@ -37,6 +37,7 @@ __all__ = [
     "flow_matching_loss",
     "grid_times",
     "guide",
+    "guided_velocity",
     "interpolate",
     "noise_from_velocity",
     "sample_time_pairs",

@@ -24,3 +24,11 @@ def guide(conditional: Callable[P, Tensor], unconditional: Callable[P, Tensor], 
         return v_unconditional + scale * (conditional(*args, **kwargs) - v_unconditional)
 
     return guided
+
+
+def guided_velocity(velocity_BPD: Tensor, scale: float) -> Tensor:
+    """The same of both velocities, conditional then unconditional, side by side; a single one is its own."""
+    if velocity_BPD.shape[1] == 1:
+        return velocity_BPD[:, 0]
+    conditional_BD, unconditional_BD = velocity_BPD.unbind(1)
+    return unconditional_BD + scale * (conditional_BD - unconditional_BD)

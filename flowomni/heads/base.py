@@ -37,6 +37,8 @@ class SpeechHead(nn.Module, ABC):
     Config: ClassVar[type[Any]]  # the head's part of the model's configuration, a frozen dataclass with a `kind`
     Sampling: ClassVar[type[Any]]  # the knobs of `sample`, a frozen dataclass that shared code only passes through
     token_kind: ClassVar[str]  # "continuous" | "discrete"
+    # names of methods that can be compiled: tensors of B rows (and constants) to a tensor of B rows, without generators
+    compilable: ClassVar[tuple[str, ...]] = ()
 
     @staticmethod
     def check_spec(head_kind: str, token_kind: str, spec: TokenSpec) -> None:

@@ -266,6 +266,7 @@ class MelTokenizer(SpeechTokenizer):
     config_class = MelTokenizerConfig
     base_model_prefix = "speech_tokenizer"
     main_input_name = "wav_BS"
+    compilable = ("extend",)
     latent_mean_D: Tensor
     latent_std_D: Tensor
 
@@ -370,14 +371,19 @@ class MelTokenizer(SpeechTokenizer):
         return token_BLX * self.latent_std_D + self.latent_mean_D
 
     def step(self, token_BLX: Tensor, state: MelTokenizerState) -> tuple[Tensor, MelTokenizerState]:
-        raw_BLD = self.raw_latent(token_BLX)
+        wav_BS, extended = self.extend(self.raw_latent(token_BLX), state)
+        wav_BS, vocoder = self.vocoder.trim(wav_BS, extended.vocoder, state.vocoder.trim_samples)
+        return wav_BS, MelTokenizerState(extended.decoder, vocoder)
+
+    def extend(self, raw_BLD: Tensor, state: MelTokenizerState) -> tuple[Tensor, MelTokenizerState]:
+        """What `step` does, from what the decoder reads, without the trimming at the start (see `Vocoder.extend`)."""
         decoder_state = None
         if self.decoder is None:
             mel_BFC = unpatchify(raw_BLD, self.frames_per_token)
         else:
             assert state.decoder is not None
             mel_BFC, decoder_state = self.decoder.step(raw_BLD, state.decoder)
-        wav_BS, vocoder_state = self.vocoder.step(mel_BFC, state.vocoder)
+        wav_BS, vocoder_state = self.vocoder.extend(mel_BFC, state.vocoder)
         return wav_BS, MelTokenizerState(decoder_state, vocoder_state)
 
     def flush(self, state: MelTokenizerState) -> Tensor:

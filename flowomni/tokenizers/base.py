@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -75,7 +75,13 @@ class SpeechTokenizer(PreTrainedModel):
 
     Its config class has a property `token_spec`, so that a head and a tokenizer that do not fit are refused when the
     configuration is read.
+
+    Attributes:
+        compilable: names of methods that can be compiled: (token or latents of one step, state) -> (wave, state), of
+            tensors alone.
     """
+
+    compilable: ClassVar[tuple[str, ...]] = ()
 
     @property
     def spec(self) -> TokenSpec:

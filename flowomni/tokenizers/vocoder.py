@@ -8,7 +8,7 @@ Shapes: B batch, F mel frames, C mel bins (or channels), S samples, N frequency 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -104,21 +104,27 @@ class Vocoder(nn.Module):
 
     def step(self, mel_BFC: Tensor, state: VocoderState) -> tuple[Tensor, VocoderState]:
         """Take F >= 1 more standardised frames; give the samples that no later frame changes, (B, S), S >= 0."""
+        return self.trim(*self.extend(mel_BFC, state), state.trim_samples)
+
+    def extend(self, mel_BFC: Tensor, state: VocoderState) -> tuple[Tensor, VocoderState]:
+        """What `step` does, but for the trimming: samples before time zero are among those that are final."""
         hidden_BCF, embed_past = causal_conv(self.backbone.embed, mel_BFC.transpose(1, 2), state.embed_past_BCP)
         hidden_BCF = self.backbone.norm(hidden_BCF.transpose(1, 2)).transpose(1, 2)
         hidden_BCF, pasts = causal_stack(self.backbone.convnext, hidden_BCF, state.pasts)
         hidden_BFC = self.backbone.final_layer_norm(hidden_BCF.transpose(1, 2))
-        num_frames = hidden_BFC.shape[1]
-        if num_frames == 0:
-            return state.tail_BS[:, :0], VocoderState(
-                embed_past, pasts, state.tail_BS, state.envelope_S, state.trim_samples
-            )
+        if hidden_BFC.shape[1] == 0:
+            return state.tail_BS[:, :0], VocoderState(embed_past, pasts, state.tail_BS, state.envelope_S, 0)
         sum_BS, envelope_S = self._overlap_add(self._windowed(hidden_BFC), state)
-        final = num_frames * self.hop_length
-        trim = min(state.trim_samples, final)
-        wav_BS = sum_BS[:, trim:final] / envelope_S[trim:final]
-        next_state = VocoderState(embed_past, pasts, sum_BS[:, final:], envelope_S[final:], state.trim_samples - trim)
-        return wav_BS, next_state
+        final = hidden_BFC.shape[1] * self.hop_length
+        # empty at the first sample, which is trimmed: 0 / 0 there would come back as a gradient
+        final_S = torch.where(envelope_S[:final] > 0, envelope_S[:final], 1.0)
+        wav_BS = sum_BS[:, :final] / final_S
+        return wav_BS, VocoderState(embed_past, pasts, sum_BS[:, final:], envelope_S[final:], 0)
+
+    def trim(self, wav_BS: Tensor, state: VocoderState, trim_samples: int) -> tuple[Tensor, VocoderState]:
+        """Drop what is left of the `trim_samples` samples before time zero."""
+        trim = min(trim_samples, wav_BS.shape[1])
+        return wav_BS[:, trim:], replace(state, trim_samples=trim_samples - trim)
 
     def flush(self, state: VocoderState) -> Tensor:
         """The samples still owed: the look-ahead is filled with zeros, the mean of standardised mel."""
@@ -152,5 +158,11 @@ class Vocoder(nn.Module):
         return sum_BS + functional.pad(state.tail_BS, grow), envelope_S + functional.pad(state.envelope_S, grow)
 
     def _fold(self, frames_BSF: Tensor) -> Tensor:
-        length = (frames_BSF.shape[2] - 1) * self.hop_length + self.n_fft
-        return functional.fold(frames_BSF, (1, length), (1, self.n_fft), stride=(1, self.hop_length))[:, 0, 0]
+        num_rows, n_fft, num_frames = frames_BSF.shape
+        if n_fft % self.hop_length == 0:  # as sums of shifted pieces, which compile to one loop
+            num_pieces = n_fft // self.hop_length
+            pieces = frames_BSF.reshape(num_rows, num_pieces, self.hop_length, num_frames).transpose(2, 3).unbind(1)
+            shifted = [functional.pad(p_BFS, (0, 0, i, num_pieces - 1 - i)) for i, p_BFS in enumerate(pieces)]
+            return torch.stack(shifted).sum(0).flatten(1)
+        length = (num_frames - 1) * self.hop_length + n_fft
+        return functional.fold(frames_BSF, (1, length), (1, n_fft), stride=(1, self.hop_length))[:, 0, 0]
