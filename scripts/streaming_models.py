@@ -85,7 +85,7 @@ def our_model(shape: Shape, int8: bool, compile: bool = True) -> FlowOmni:
         speech_tokenizer=MelTokenizerConfig().to_dict(),
         head=shape.head,
         output_blocks={"num_layers": 0, "num_heads": 1},
-        layout={"speech_delay_tokens": 1},
+        layout={"speech_delay_tokens": 1, "instructions": dict.fromkeys(("answer", "transcribe", "speak"), "")},
         text_eos_id=text_tokenizer.eos_token_id,
     )
     model = FlowOmniModel(config).eval()
