@@ -2,9 +2,9 @@
 
     accelerate(model)  # then generate as before; steps of 1, 2, 4 and 8 rows are compiled when they are first met
 
-Three graphs make a step: {embeddings, language model, output blocks} in `CompiledSteps.read`, {all solver steps of the
-head}, and {tokenizer's decoder and vocoder}. Text logits are a fourth, because after the last word nobody needs them.
-The caches are those of `cache.py`: a step writes into their rooms in place.
+Graphs are {embeddings, language model, output blocks} in `CompiledSteps.read`, the head's solver step with its
+modulation, and the text logits, apart because nobody needs them after the last word. The caches are those of `cache.py`
+and are written in place. The tokenizer's decoder and vocoder stay plain: compiled they took as long.
 
 What cannot be compiled stays as it is, after one warning that says why. A model is compiled for generation: weights may
 change in place afterwards, layers must not be replaced.
@@ -48,7 +48,7 @@ def _few_rows_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) 
     return output if bias is None else output + bias
 
 
-def _compile(function: Callable[..., Any], backend: str, max_few_rows: int = MAX_FEW_ROWS) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
     """All shapes are fixed, but for those that are marked as dynamic; linear layers of few rows are as above."""
     compiler = torch._dynamo.lookup_backend(backend)
 
@@ -57,7 +57,7 @@ def _compile(function: Callable[..., Any], backend: str, max_few_rows: int = MAX
             if node.op == "call_function" and node.target is torch._C._nn.linear:
                 example = node.args[0].meta["example_value"]
                 num_rows = math.prod(example.shape[:-1])
-                if isinstance(num_rows, int) and num_rows <= max_few_rows and example.device.type == "cpu":
+                if isinstance(num_rows, int) and num_rows <= MAX_FEW_ROWS and example.device.type == "cpu":
                     node.target = _few_rows_linear
         graph.recompile()
         return compiler(graph, inputs)
@@ -239,21 +239,18 @@ def _marked(room: Room) -> Room:
 class _Replaced:
     """A method of one object, compiled for few rows; the plain one otherwise, and for good if it does not compile.
 
-    Args:
-        padded: whether rows may be added to all tensors to make a batch of 1, 2, 4, 8. Otherwise batches of one row are
-            compiled and larger ones are not.
+    Its tensors and what it gives have B rows; rows are added to make a batch of 1, 2, 4 or 8.
     """
 
-    def __init__(self, owner: Any, name: str, backend: str, padded: bool):
+    def __init__(self, owner: Any, name: str, backend: str):
         self._plain: Callable[..., Any] = getattr(owner, name)
-        compiled = _compile(self._plain, backend, MAX_FEW_ROWS if padded else 1)
-        self._compiled: Callable[..., Any] | None = compiled
-        self._padded, self._name = padded, f"{type(owner).__name__}.{name}"
+        self._compiled: Callable[..., Any] | None = _compile(self._plain, backend)
+        self._name = f"{type(owner).__name__}.{name}"
         setattr(owner, name, self)
 
     def __call__(self, first: Tensor, *others: Any) -> Any:
         num_rows = len(first)
-        if self._compiled is None or not 0 < num_rows <= (MAX_FEW_ROWS if self._padded else 1):
+        if self._compiled is None or not 0 < num_rows <= MAX_FEW_ROWS:
             return self._plain(first, *others)
         num_padded = _bucket(num_rows) - num_rows
         arguments = [first, *others]
@@ -282,8 +279,6 @@ def accelerate(model: FlowOmniModel, backend: str = "inductor") -> None:
         _log.warning("steps are not compiled: %s", reason)
     else:
         model.fast = steps
-    _Replaced(model, "text_logits", backend, padded=True)
+    _Replaced(model, "text_logits", backend)
     for name in model.head.compilable:
-        _Replaced(model.head, name, backend, padded=True)
-    for name in model.speech_tokenizer.compilable:
-        _Replaced(model.speech_tokenizer, name, backend, padded=False)
+        _Replaced(model.head, name, backend)

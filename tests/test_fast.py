@@ -226,7 +226,7 @@ def test_what_does_not_compile_stays_plain(caplog: pytest.LogCaptureFixture) -> 
             return torch.tensor([2 * each for each in x_B.tolist()])
 
     part = Part()
-    fast._Replaced(part, "double", "aot_eager", padded=True)
+    fast._Replaced(part, "double", "aot_eager")
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert part.double(torch.tensor([1.5])).tolist() == [3.0]
