@@ -75,7 +75,14 @@ def assemble(
         model.encoder.load_state_dict(ears.state_dict())
     if projector is not None:
         _take_projector(model, whole(projector), projector)
+    spell(model, text_tokenizer)
     return model, FlowOmniProcessor(config, text_tokenizer, model.speech_tokenizer.spec)
+
+
+def spell(model: FlowOmniModel, text_tokenizer: Any) -> None:
+    """Give output blocks that read letters those of the text tokenizer."""
+    if model.output_blocks is not None and model.output_blocks.letters is not None:
+        model.output_blocks.letters.spell(text_tokenizer)
 
 
 def is_whole_model(path: str) -> bool:
@@ -91,6 +98,11 @@ def is_whole_model(path: str) -> bool:
 def load_part_tokenizer(path: str) -> Any:
     """The speech tokenizer of a folder or Hub id, which may hold that alone or a whole FlowOmni model."""
     return load_model(path)[0].speech_tokenizer if is_whole_model(path) else _load(AutoModel, path, "speech_tokenizer")
+
+
+def load_part_encoder(path: str) -> SpeechEncoder:
+    """The speech encoder of a folder or Hub id, which may hold a Whisper or a whole FlowOmni model."""
+    return _ears(lambda folder: load_model(folder)[0], path)
 
 
 def _ears(whole: Callable[[str], Any], path: str) -> SpeechEncoder:

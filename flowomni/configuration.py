@@ -53,11 +53,21 @@ class OutputBlocksConfig:
         num_layers: 0 means that the heads read the LLM's hidden states directly.
         num_heads: attention heads; must divide the LLM's hidden size.
         intermediate_size: feed-forward width; None means three times the hidden size.
+        num_letters: how many of its UTF-8 bytes each text token also brings the blocks, so that words which are one
+            token each share what is known of pronunciation. 0: none.
     """
 
     num_layers: int = 6
     num_heads: int = 8
     intermediate_size: int | None = None
+    num_letters: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_letters < 0 or (self.num_letters and not self.num_layers):
+            raise ValueError(
+                f"num_letters is {self.num_letters} with num_layers {self.num_layers}; letters are read by the blocks, "
+                "and are not negative"
+            )
 
 
 @dataclass(frozen=True)

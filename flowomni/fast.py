@@ -185,7 +185,8 @@ class CompiledSteps:
         ).last_hidden_state
         speech_R1H = hidden_R1H
         if model.output_blocks is not None:
-            speech_R1H = model.output_blocks(hidden_R1H, mask_R11C, position_R1, Cache(layers=layers[num_layers:]))
+            blocks_cache = Cache(layers=layers[num_layers:])
+            speech_R1H = model.output_blocks(hidden_R1H, text_R1, mask_R11C, position_R1, blocks_cache)
         return hidden_R1H[:, 0], speech_R1H[:, 0]
 
     @torch.inference_mode()
@@ -206,7 +207,7 @@ class CompiledSteps:
             state_loss_BL=nothing,
         ).to(model.device)
         one = Streams(**{k: v[:, :1] if isinstance(v, Tensor) else v for k, v in prompt.__dict__.items()})
-        *_, state = model.advance(model.embed(prompt), prompt.mask_BL, model.init_state(1))
+        *_, state = model.advance(model.embed(prompt), prompt.mask_BL, model.init_state(1), prompt.text_BL)
         if not self.takes(one, state):
             return "its cache is of another kind"
         try:
@@ -214,7 +215,7 @@ class CompiledSteps:
         except Exception as error:  # whatever a family does with its caches
             return f"the language model does not run with a cache of fixed size ({type(error).__name__}: {error})"
         for _ in range(2):
-            *wanted, state = model.advance(model.embed(one), one.mask_BL, state)
+            *wanted, state = model.advance(model.embed(one), one.mask_BL, state, one.text_BL)
         for want_BH, got_BH in zip(wanted, got[:2], strict=True):
             if float((want_BH - got_BH).abs().max()) > _TOLERANCE * float(want_BH.abs().max()):
                 return "the language model gives other numbers with a cache of fixed size"

@@ -45,10 +45,49 @@ class ModelState:
     num_seen_B: Tensor
 
 
+class Letters(nn.Module):
+    """How text tokens are spelled: the first K bytes of each, through a convolution, to the hidden width.
+
+    Gives nothing until it is trained. The table of bytes is filled by `spell` and saved with the weights.
+    """
+
+    bytes_VK: Tensor
+
+    def __init__(self, vocab_size: int, num_letters: int, hidden_size: int):
+        super().__init__()
+        width = hidden_size // 4
+        self.register_buffer("bytes_VK", torch.zeros(vocab_size, num_letters, dtype=torch.uint8))  # 0: no letter
+        self.embedding = nn.Embedding(256, width, padding_idx=0)
+        self.neighbours = nn.Conv1d(width, width, kernel_size=3, padding=1)
+        self.out = nn.Linear(num_letters * width, hidden_size)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    @torch.no_grad()
+    def spell(self, text_tokenizer: Any) -> None:
+        """Take the bytes of every token of the text tokenizer; special tokens have none."""
+        first = text_tokenizer.encode("a", add_special_tokens=False)
+        start = len(text_tokenizer.decode(first))
+        special = set(text_tokenizer.all_special_ids)
+        ids = [i for i in sorted(text_tokenizer.get_vocab().values()) if i < len(self.bytes_VK) and i not in special]
+        # after another token, so that the text shows whether a token begins a word
+        for i, text in zip(ids, text_tokenizer.batch_decode([[*first, i] for i in ids]), strict=True):
+            letters = list(text[start:].encode())[: self.bytes_VK.shape[1]]
+            self.bytes_VK[i, : len(letters)] = torch.tensor(letters, dtype=torch.uint8)
+
+    def forward(self, text_BL: Tensor) -> Tensor:
+        """Text ids [B, L], `NONE` where there is none -> [B, L, H], 0 there."""
+        letters_BLK = self.bytes_VK[text_BL.clamp(min=0)].long() * (text_BL != NONE).unsqueeze(-1)
+        embedded_NCK = self.embedding(letters_BLK).flatten(0, 1).transpose(1, 2)
+        embedded_NCK = F.gelu(self.neighbours(embedded_NCK))
+        spelled_BLH = self.out(embedded_NCK.flatten(1)).unflatten(0, text_BL.shape)
+        return spelled_BLH * (text_BL != NONE).unsqueeze(-1)
+
+
 class OutputBlocks(nn.Module):
     """A few causal transformer blocks from LLM hidden states to the states that condition the speech outputs."""
 
-    def __init__(self, config: OutputBlocksConfig, hidden_size: int):
+    def __init__(self, config: OutputBlocksConfig, hidden_size: int, vocab_size: int):
         super().__init__()
         self.blocks = LlamaModel(
             LlamaConfig(
@@ -65,11 +104,19 @@ class OutputBlocks(nn.Module):
         # reads hidden states only; an unused table would distort parameter counts
         self.blocks.embed_tokens = None  # type: ignore[assignment]
         self.num_layers = config.num_layers
+        self.letters = Letters(vocab_size, config.num_letters, hidden_size) if config.num_letters else None
 
     def forward(
-        self, hidden_BLH: Tensor, mask_BL: Tensor | None, position_BL: Tensor, cache: DynamicCache | None
+        self,
+        hidden_BLH: Tensor,
+        text_BL: Tensor,
+        mask_BL: Tensor | None,
+        position_BL: Tensor,
+        cache: DynamicCache | None,
     ) -> Tensor:
-        """[B, L, H] -> [B, L, H]."""
+        """Hidden states [B, L, H] and the text that is read there [B, L] -> [B, L, H]."""
+        if self.letters is not None:
+            hidden_BLH = hidden_BLH + self.letters(text_BL).to(hidden_BLH.dtype)
         return self.blocks(
             inputs_embeds=hidden_BLH,
             attention_mask=mask_BL,
@@ -110,7 +157,8 @@ class FlowOmniModel(PreTrainedModel):
             if self.loss_config.text_ctc_weight > 0:
                 self.text_ctc = TextCtcAuxiliary(hidden)
         blocks = strict(OutputBlocksConfig, config.output_blocks, "output_blocks")
-        self.output_blocks = OutputBlocks(blocks, hidden) if blocks.num_layers > 0 else None
+        vocab_size = config.llm.get_text_config().vocab_size
+        self.output_blocks = OutputBlocks(blocks, hidden, vocab_size) if blocks.num_layers > 0 else None
         self.state_embedding = nn.Embedding(4, hidden)
         nn.init.normal_(self.state_embedding.weight, std=0.02)
         self.state_head = SpeechStateHead(hidden, self.loss_config.stop_weight)
@@ -210,7 +258,9 @@ class FlowOmniModel(PreTrainedModel):
 
     def _speak(self, hidden_BLH: Tensor, streams: Streams) -> Tensor:
         """[B, L, H] -> what conditions the speech outputs [B, L, H]."""
-        return hidden_BLH if self.output_blocks is None else self.output_blocks(hidden_BLH, *_places(streams), None)
+        if self.output_blocks is None:
+            return hidden_BLH
+        return self.output_blocks(hidden_BLH, streams.text_BL, *_places(streams), None)
 
     def _with_silence(self, streams: Streams) -> Streams:
         """A short clip that nothing hears; it says nothing."""
@@ -291,9 +341,11 @@ class FlowOmniModel(PreTrainedModel):
         """Read more positions: `advance` by what `embed` gives, or by a compiled step where that is possible."""
         if self.fast is not None and heard_NH is None and self.fast.takes(streams, state):
             return self.fast.read(streams, state)
-        return self.advance(self.embed(streams, heard_NH), streams.mask_BL, state)
+        return self.advance(self.embed(streams, heard_NH), streams.mask_BL, state, streams.text_BL)
 
-    def advance(self, embeds_BLH: Tensor, mask_BL: Tensor, state: ModelState) -> tuple[Tensor, Tensor, ModelState]:
+    def advance(
+        self, embeds_BLH: Tensor, mask_BL: Tensor, state: ModelState, text_BL: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, ModelState]:
         """Read L more positions per row.
 
         A row is what it would be alone, whatever the padding inside the cache. The exception is an LLM with a sliding
@@ -303,6 +355,7 @@ class FlowOmniModel(PreTrainedModel):
             embeds_BLH: their embeddings.
             mask_BL: bool, False at padding (a row may end earlier than others).
             state: from `init_state` or the previous call; not changed.
+            text_BL: the text that is read there, for output blocks that read letters; None: no text.
 
         Returns:
             text hidden states [B, H] and speech hidden states [B, H] of each row's last real position; the new state.
@@ -320,7 +373,8 @@ class FlowOmniModel(PreTrainedModel):
         ).last_hidden_state
         speech_BLH = hidden_BLH
         if self.output_blocks is not None:
-            speech_BLH = self.output_blocks(hidden_BLH, attention, position_BL, blocks_cache)
+            text_BL = torch.full_like(position_BL, NONE) if text_BL is None else text_BL
+            speech_BLH = self.output_blocks(hidden_BLH, text_BL, attention, position_BL, blocks_cache)
         count_B = mask_BL.sum(1)
         last_B = (count_B - 1).clamp(min=0)
         rows_B = torch.arange(len(last_B), device=last_B.device)

@@ -39,10 +39,10 @@ import torch
 from tqdm import tqdm
 
 from flowomni.audio import read_audio
+from flowomni.build import load_part_tokenizer
 from flowomni.evaluation import hear, word_error_rate
 from flowomni.evaluation.metrics import NUM_RESAMPLES
 from flowomni.evaluation.resynthesis import fidelity, word_information
-from flowomni.tokenizers import MelTokenizer
 from scripts.ablate import add_plan_arguments, run_command, train_grid
 from scripts.ablation_grid import LAUNCH, PER_RUN, Cell, Grid, flat
 from training.config import read_yaml
@@ -172,14 +172,24 @@ def measured(folder: Path, answers: HeldOut, title: str) -> dict[str, Any]:
     return found
 
 
-def resynthesis(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
-    """wav_S to tokens and back, by the tokenizer in folder `path`."""
-    tokenizer = MelTokenizer.from_pretrained(path).eval()
+def resynthesis(path: str | Path, quantised: bool = True) -> Callable[[np.ndarray], np.ndarray]:
+    """wav_S to tokens and back, by the tokenizer, or that of the whole model, in folder `path`.
 
+    Args:
+        quantised: False goes from the true mel straight to the vocoder.
+    """
+    tokenizer = load_part_tokenizer(str(path)).eval()
+
+    @torch.inference_mode()
     def resynthesise(wav_S: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            token_1L, _ = tokenizer.encode(torch.from_numpy(wav_S)[None])
-            return tokenizer.decode(token_1L)[0, : len(wav_S)].clamp(-1, 1).numpy()
+        wav_1S = torch.from_numpy(wav_S)[None]
+        token_1LX, _ = tokenizer.encode(wav_1S)
+        if quantised:
+            decoded_1S = tokenizer.decode(token_1LX)
+        else:
+            num_frames = token_1LX.shape[1] * tokenizer.frames_per_token
+            decoded_1S = tokenizer.vocode(tokenizer.front.log_mel(wav_1S, num_frames))
+        return decoded_1S[0, : len(wav_S)].clamp(-1, 1).numpy()
 
     return resynthesise
 
@@ -278,7 +288,7 @@ def dm_codec_table(args: argparse.Namespace) -> int:
     if args.plan or status == 2:
         return status
     runs = {"original": [measure(answers, lambda wav_S: wav_S, "original")]}
-    runs["vocoder"] = [measure(answers, resynthesis(str(options.get("vocoder"))), "vocoder")]
+    runs["vocoder"] = [measure(answers, resynthesis(str(options.get("vocoder")), quantised=False), "vocoder")]
     seeds: dict[str, list[int]] = {"original": [], "vocoder": []}
     for cell in grid.cells:
         finished = [seed for seed in cell.seeds if (grid.run_folder(cell, seed) / "final").is_dir()]

@@ -50,19 +50,20 @@ def with_sections(model: FlowOmniModel, changes: dict[str, dict[str, Any]]) -> F
     """The same weights under config sections with `changes`; sizes must stay.
 
     Another objective or other noise for the head changes no weights. A loss that the ears did not have brings its own,
-    untrained, and one that is turned off (weight 0) takes them along.
+    untrained, and one that is turned off (weight 0) takes them along; so do letters for the output blocks.
     """
     values = model.config.to_dict()
     for section, some in changes.items():
         values[section] = {**values[section], **some}
     changed = FlowOmniModel(FlowOmniConfig(**{k: v for k, v in values.items() if k != "model_type"}))
-    auxiliary = ("ctc.", "text_ctc.")
+    auxiliary = ("ctc.", "text_ctc.", "output_blocks.letters.")
     kept = {k: v for k, v in model.state_dict().items() if not k.startswith(auxiliary) or k in changed.state_dict()}
     missing, unexpected = changed.load_state_dict(kept, strict=False)
     wrong = [*unexpected, *(name for name in missing if not name.startswith(auxiliary))]
     if wrong:
         names = ", ".join(wrong[:3])
-        raise ValueError(f"options.head and options.loss ({changes}) ask for other weights than the model's: {names}")
+        sections = ", ".join(f"options.{section}" for section, some in changes.items() if some)
+        raise ValueError(f"{sections} ({changes}) ask for other weights than the model's: {names}")
     return changed
 
 

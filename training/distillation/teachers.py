@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoTokenizer
 
 from flowomni.audio import resample
+from flowomni.build import is_whole_model, load_part_encoder
 from flowomni.encoder import (
     HEARD_SAMPLE_RATE_HZ,
     HOP_SAMPLES,
@@ -128,8 +129,9 @@ class SpeechTeacher:
     """Vectors of a recording's frames.
 
     Args:
-        path: folder or Hub name of a Whisper checkpoint (as stage `hearing` saves it), or of a model on 16 kHz waves
-            such as HuBERT, WavLM or wav2vec 2.0, with its preprocessor_config.json.
+        path: folder or Hub name of a Whisper checkpoint (as stage `hearing` saves it), folder of a FlowOmni model, whose
+            encoder is meant, or a model on 16 kHz waves such as HuBERT, WavLM or wav2vec 2.0, with its
+            preprocessor_config.json.
         layers: "mean" of all hidden states, as in DM-Codec, or the "last".
 
     Attributes:
@@ -141,11 +143,12 @@ class SpeechTeacher:
 
     def __init__(self, path: str, layers: str = "mean") -> None:
         self._layers = layers
-        config = _config(path, "speech_teacher")
+        whole = is_whole_model(path)
+        config = load_part_encoder(path).whisper.config if whole else _config(path, "speech_teacher")
         self._model: nn.Module
         if config.model_type == "whisper":
             self._features = HeardFeatures.from_whisper_config(config)
-            self._model = SpeechEncoder.from_pretrained(path)
+            self._model = load_part_encoder(path)
             self._rate_hz, frame_samples = HEARD_SAMPLE_RATE_HZ, HOP_SAMPLES * MEL_FRAMES_PER_ENCODER_FRAME
         else:
             if not hasattr(config, "inputs_to_logits_ratio"):

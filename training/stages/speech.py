@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from flowomni.api import FlowOmni, Question
-from flowomni.build import assemble, load_model, save_model
+from flowomni.build import assemble, load_model, save_model, spell
 from flowomni.encoder import num_heard_positions, num_mel_frames
 from flowomni.evaluation import hear
 from flowomni.evaluation.metrics import word_error_rate
@@ -79,8 +79,8 @@ class SpeechOptions:
         parts: what to assemble a new model from.
         tasks: relative frequency of each task; names in `TASKS`.
         trains, lora: what trains, and how LoRA is set where a part says "lora".
-        head, loss: overrides of the loaded model's sections (another objective, say, or a loss of its own for the
-            ears); what the model has stays, and so must its sizes.
+        head, output_blocks, loss: overrides of the loaded model's sections (another objective, say, letters for the
+            output blocks, or a loss of its own for the ears); what the model has stays, and so must its sizes.
         distill_guidance: scale of classifier-free guidance that the model learns to give in one pass, from itself: the
             loaded model stays in memory as the teacher, see `training.guidance`. None: speech is learned from data.
         families: share of each of the manifest's families ("" for none) in an epoch; those it leaves out do not train.
@@ -102,6 +102,7 @@ class SpeechOptions:
     trains: TrainsOptions = field(default_factory=TrainsOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     head: dict[str, Any] = field(default_factory=dict)
+    output_blocks: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
     distill_guidance: float | None = None
     families: dict[str, float] = field(default_factory=dict)
@@ -121,7 +122,7 @@ class SpeechOptions:
             raise ValueError(f"options.tasks has {sorted(unknown)}; known tasks: {', '.join(TASKS)}")
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
             raise ValueError(f"options.max_tokens_per_batch is {self.max_tokens_per_batch}; it must be at least 1")
-        for section in ("head", "loss"):
+        for section in ("head", "output_blocks", "loss"):
             if getattr(self, section) and self.model is None:
                 raise ValueError(f"options.{section} overrides a loaded model's: with parts, set parts.{section}")
         if self.families and not (min(self.families.values()) >= 0 < sum(self.families.values())):
@@ -191,6 +192,8 @@ class SpeechStage(Stage):
         loaded, processor = load_model(self.options.model)
         changes = section_changes(loaded.config.head, self.options)
         model = with_sections(loaded, changes) if any(changes.values()) else loaded
+        if self.options.output_blocks:
+            spell(model, processor.text_tokenizer)
         return model, processor, loaded if self.options.distill_guidance is not None else None
 
     def _check_families(self) -> None:
@@ -443,4 +446,4 @@ def section_changes(head: dict[str, Any], options: SpeechOptions) -> dict[str, d
             changes = HEADS[teacher.kind].with_guidance(teacher, options.distill_guidance) | changes
         except ValueError as error:
             raise ValueError(f"options.distill_guidance is {options.distill_guidance}, but {error}") from None
-    return {"head": changes, "loss": options.loss}
+    return {"head": changes, "output_blocks": options.output_blocks, "loss": options.loss}
