@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -36,7 +35,8 @@ from flowomni.audio import read_audio
 from flowomni.commands import Parser, exit_status
 from inference.engine import Engine
 from inference.session import AudioDelta, ResponseDone, Session, SessionOptions
-from scripts.bench_training import Bar
+from scripts import benchmark
+from scripts.benchmark import Bar
 from scripts.streaming_models import (
     SHAPES,
     our_model,
@@ -273,7 +273,7 @@ def _drain(session: Session) -> float:
 
 # ----------------------------------------------------------------------------------------------------------- command
 
-SECTIONS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], list[Bar]]]] = {
+SECTIONS: dict[str, benchmark.Section] = {
     "100m": lambda options: peer_section("100m", options),
     "7m": lambda options: peer_section("7m", options),
     "0.6b": llm_section,
@@ -303,30 +303,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def bench(options: argparse.Namespace) -> int:
     """Run the sections, print, write; 1 if a bar was missed."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
-        return _bench(options)
-    finally:
-        torch.set_num_threads(before)
 
+    def start() -> dict[str, Any]:
+        options.bandwidth = bandwidth()
+        speed = f"{options.bandwidth / 1e9:.1f} GB/s"
+        print(f"{options.threads} threads, torch {torch.__version__}; memory is read at {speed}")
+        return {}
 
-def _bench(options: argparse.Namespace) -> int:
-    options.bandwidth = bandwidth()
-    print(f"{options.threads} threads, torch {torch.__version__}; memory is read at {options.bandwidth / 1e9:.1f} GB/s")
-    results: dict[str, Any] = {"options": vars(options), "torch": torch.__version__}
-    bars: list[Bar] = []
-    for name in options.only:
-        results[name], some = SECTIONS[name](options)
-        bars += some
-    print()
-    for bar in bars:
-        print(bar)
-    results["bars"] = [dataclasses.asdict(bar) | {"met": bar.met} for bar in bars]
-    if options.json:
-        Path(options.json).write_text(json.dumps(results, indent=1, default=dataclasses.asdict) + "\n")
-        print(f"wrote {options.json}")
-    return 0 if all(bar.met for bar in bars) else 1
+    return benchmark.bench(options, SECTIONS, start)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,9 +25,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,6 +35,8 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from flowomni.commands import Parser, exit_status
+from scripts import benchmark
+from scripts.benchmark import Bar
 from scripts.training_memory import Case, Memory, measure, measure_apart
 from scripts.training_runs import corpus_stage, padding_of, two_processes
 from scripts.training_steps import (
@@ -74,24 +75,6 @@ MEMORY_CASES = (
 )
 TOY_MEMORY_CASES = (("toy", False, 2, 1.0, False), ("toy", True, 2, 1.0, True))
 MIB = 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class Bar:
-    """A promise: `value` on the right side of `limit`."""
-
-    what: str
-    value: float
-    limit: float
-    at_least: bool = False
-
-    @property
-    def met(self) -> bool:
-        return self.value >= self.limit if self.at_least else self.value <= self.limit
-
-    def __str__(self) -> str:
-        words = "at least" if self.at_least else "at most"
-        return f"{'met   ' if self.met else 'MISSED'} {self.what}: {self.value:.4g}, {words} {self.limit:g}"
 
 
 # ---------------------------------------------------------------------------------------------------------- sections
@@ -276,7 +259,7 @@ def print_memory(title: str, memory: Memory) -> None:
         print(f"    {'peak':26}{peaks}   plan {memory.deviation:+.1%}")
 
 
-SECTIONS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], list[Bar]]]] = {
+SECTIONS: dict[str, benchmark.Section] = {
     "step": step_section,
     "peer": peer_section,
     "processes": processes_section,
@@ -317,30 +300,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def bench(options: argparse.Namespace) -> int:
     """Run the sections, print, write; 1 if a bar was missed."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
-        return _bench(options)
-    finally:
-        torch.set_num_threads(before)
 
+    def start() -> dict[str, Any]:
+        peaks = measured_peaks(options)
+        print(f"{options.threads} threads, torch {torch.__version__}; matrix products: {_words(peaks)}")
+        return {"peak_flops": peaks}
 
-def _bench(options: argparse.Namespace) -> int:
-    peaks = measured_peaks(options)
-    print(f"{options.threads} threads, torch {torch.__version__}; matrix products: {_words(peaks)}")
-    results: dict[str, Any] = {"options": vars(options), "torch": torch.__version__, "peak_flops": peaks}
-    bars: list[Bar] = []
-    for name in options.only:
-        results[name], some = SECTIONS[name](options)
-        bars += some
-    print()
-    for bar in bars:
-        print(bar)
-    results["bars"] = [dataclasses.asdict(bar) | {"met": bar.met} for bar in bars]
-    if options.json:
-        Path(options.json).write_text(json.dumps(results, indent=1, default=dataclasses.asdict) + "\n")
-        print(f"wrote {options.json}")
-    return 0 if all(bar.met for bar in bars) else 1
+    return benchmark.bench(options, SECTIONS, start)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

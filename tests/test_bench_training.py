@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PocketTTSConfig, PocketTTSForConditionalGeneration
 
 from flowomni.streams import NONE, SpeechState
-from scripts.bench_training import PEER_SHAPE, Bar, main
+from scripts.bench_training import PEER_SHAPE, main
+from scripts.benchmark import Bar
 from scripts.training_memory import Case, measure
 from scripts.training_runs import largest_difference, padding_of, toy_options
 from scripts.training_steps import (

@@ -129,7 +129,7 @@ class SpeechTeacher:
     """Vectors of a recording's frames.
 
     Args:
-        path: folder or Hub name of a Whisper checkpoint (as stage `hearing` saves it), folder of a FlowOmni model, whose
+        path: folder or Hub name of a Whisper checkpoint (as stage `hearing` saves it), a FlowOmni model's folder, whose
             encoder is meant, or a model on 16 kHz waves such as HuBERT, WavLM or wav2vec 2.0, with its
             preprocessor_config.json.
         layers: "mean" of all hidden states, as in DM-Codec, or the "last".
