@@ -130,8 +130,17 @@ class CompiledSteps:
             and bool(streams.mask_BL.all())
         )
 
-    def read(self, streams: Streams, state: ModelState, run: Any = None) -> tuple[Tensor, Tensor, ModelState]:
-        """See `FlowOmniModel.advance`."""
+    def read(self, streams: Streams, state: ModelState) -> tuple[Tensor, Tensor, ModelState]:
+        """See `FlowOmniModel.advance`. Where the compiler gives up, the plain step is taken from then on."""
+        try:
+            return self._read(streams, state, self._run)
+        except Exception as error:  # its errors have no class of their own
+            reason = str(error).split("\n")[0]
+            _log.warning("steps are no longer compiled: %s: %s", type(error).__name__, reason)
+            self._model.fast = None
+            return self._model.read(streams, state)
+
+    def _read(self, streams: Streams, state: ModelState, run: Callable[..., Any]) -> tuple[Tensor, Tensor, ModelState]:
         num_rows, length = state.mask_BL.shape
         num_padded = _bucket(num_rows) - num_rows
         caches = fork(state.llm_cache), fork(state.blocks_cache)
@@ -143,7 +152,7 @@ class CompiledSteps:
         mask_R11C[:num_rows, 0, 0, :length].masked_fill_(state.mask_BL, 0.0)
         mask_R11C[..., length] = 0.0
         torch._dynamo.mark_dynamic(mask_R11C, 3)
-        hidden_RH, speech_RH = (run or self._run)(
+        hidden_RH, speech_RH = run(
             pad(streams.text_BL, (0, 0, 0, num_padded)),
             pad(streams.state_BL, (0, 0, 0, num_padded)),
             pad(streams.speech_BLX, (0, 0, 0, 0, 0, num_padded)),
@@ -211,7 +220,7 @@ class CompiledSteps:
         if not self.takes(one, state):
             return "its cache is of another kind"
         try:
-            got = self.read(one, self.read(one, state, self._step)[2], self._step)
+            got = self._read(one, self._read(one, state, self._step)[2], self._step)
         except Exception as error:  # whatever a family does with its caches
             return f"the language model does not run with a cache of fixed size ({type(error).__name__}: {error})"
         for _ in range(2):

@@ -124,6 +124,7 @@ def serve(options: argparse.Namespace) -> int:
 
     from .engine import Engine
     from .server.app import Server, ServerOptions
+    from .server.http import PromptH11Protocol
     from .session import SessionOptions
     from .threads import settle_threads
 
@@ -150,6 +151,7 @@ def serve(options: argparse.Namespace) -> int:
         server = Server(engine, settings)
         config = uvicorn.Config(
             server.app,
+            http=PromptH11Protocol,
             log_level=options.log_level,
             ssl_certfile=options.ssl_certfile,
             ssl_keyfile=options.ssl_keyfile,

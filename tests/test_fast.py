@@ -140,14 +140,14 @@ def test_fixed_shapes_change_nothing() -> None:
     alone = prompted(model, [5, 2, 7])
     for step in steps_of(model, 3, 4):
         assert steps.takes(step, state)
-        *found, state = steps.read(step, state, steps._step)
+        *found, state = steps._read(step, state, steps._step)
         *wanted, wanted_state = model.advance(model.embed(step), step.mask_BL, wanted_state)
         torch.testing.assert_close(found, wanted, **TOLERANCE)
         assert torch.equal(state.mask_BL, wanted_state.mask_BL)
     rows = batching.take(alone, [1])
     for step in steps_of(model, 3, 4):
         one = Streams(**{k: v[1:2] if isinstance(v, torch.Tensor) else v for k, v in step.__dict__.items()})
-        *single, rows = steps.read(one, rows, steps._step)
+        *single, rows = steps._read(one, rows, steps._step)
     torch.testing.assert_close([each[1:2] for each in found], single, **TOLERANCE)
 
 
@@ -261,3 +261,25 @@ def test_a_tied_output_layer_gets_weights_of_its_own() -> None:
     assert not any(type(module) is torch.nn.Linear for module in model.llm.modules())
     torch.testing.assert_close(model.text_logits(hidden_BH), wanted, rtol=0, atol=0.02 * float(wanted.abs().max()))
     assert CompiledSteps(model).check() == ""
+
+
+@torch.inference_mode()
+def test_steps_go_on_plainly_where_the_compiler_gives_up(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does after too many kinds of steps; a position whose step broke off is read once."""
+    model, _ = tiny_model()
+    compiled = copy.deepcopy(model)
+    accelerate(compiled, backend="aot_eager")
+    assert compiled.fast is not None
+    (step,) = steps_of(model, 2, 1, seed=2)
+    wanted = model.read(step, prompted(model, [5, 3]))
+    state = prompted(compiled, [5, 3])
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 0)
+    found = compiled.read(step, state)
+    assert compiled.fast is None and "no longer compiled" in caplog.text
+    for want, got in zip(wanted[:2], found[:2], strict=True):
+        torch.testing.assert_close(got, want, **TOLERANCE)
+    assert torch.equal(found[2].mask_BL, wanted[2].mask_BL)
+    compiled.read(step, found[2])
+    assert caplog.text.count("no longer compiled") == 1

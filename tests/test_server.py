@@ -29,6 +29,7 @@ from openai.types.realtime import RealtimeServerEvent
 from pydantic import TypeAdapter
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect as connect_here
 
 from flowomni import FlowOmni
 from flowomni.audio import read_audio
@@ -39,6 +40,7 @@ from inference.engine import Engine
 from inference.server.app import Server, ServerOptions, running
 from inference.server.conformance import MANUAL, Target, closed, conformance, opened
 from inference.server.fuzz import fuzz
+from inference.server.http import PromptH11Protocol
 from inference.server.protocol import encode_audio
 from scripts import load_test
 from tests.serving import SPOKEN, serving, talkative_model
@@ -377,6 +379,26 @@ def test_a_client_whose_cable_was_pulled_is_gone(engine: Engine) -> None:
             assert time.monotonic() < deadline
         until_empty(server, engine)
         dead.close()
+
+
+def test_who_connects_and_asks_nothing_is_sent_away(engine: Engine) -> None:
+    """Silent, or in the middle of a request's head; who asked in time stays, over HTTP and as a websocket."""
+
+    class Hasty(PromptH11Protocol):
+        header_sec = 0.3
+
+    server = Server(engine, options())
+    with serving(server, http=Hasty) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}") as asking:
+        silent, slow = (socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(2))
+        with connect_here(f"ws://127.0.0.1:{port}/v1/realtime") as talking:
+            slow.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")
+            connection = asking.get("/healthz").extensions["network_stream"]
+            assert silent.recv(1) == b"" and slow.recv(1) == b""
+            assert "session.created" in str(talking.recv())
+            assert talking.ping().wait(10)
+        assert asking.get("/healthz").extensions["network_stream"] is connection
+        silent.close()
+        slow.close()
 
 
 # --------------------------------------------------------------------------------------------------- besides the socket
