@@ -31,6 +31,7 @@ from transformers import (
     WhisperModel,
 )
 
+from flowomni.build import save_model
 from training.distillation import (
     Aligner,
     CorpusTargets,
@@ -47,6 +48,8 @@ from training.distillation import (
     prepare_targets,
 )
 from training.manifest import Word
+
+from .tiny import tiny_model
 
 needs_flite = pytest.mark.skipif(shutil.which("flite") is None, reason="needs sudo apt-get install flite")
 needs_minilm = pytest.mark.skipif(
@@ -433,6 +436,17 @@ def test_whisper_frames_are_transformers_hidden_states(teachers: dict[str, str])
     assert teacher.frames(wav_S[:16_001], 16_000).shape == (51, 12)
     with pytest.raises(Unusable, match="window of 4 s"):
         teacher.frames(np.tile(wav_S, 2), 16_000)
+
+
+def test_the_encoder_of_a_whole_model_is_a_speech_teacher(tmp_path: Path) -> None:
+    model, processor = tiny_model()
+    save_model(model, processor, tmp_path)
+    wav_S = 0.1 * np.random.default_rng(0).standard_normal(16_000).astype(np.float32)
+    features_1CF = processor.heard_features.features(wav_S)[None]
+    with torch.no_grad():
+        wanted_1NT, _ = model.encoder(features_1CF, torch.tensor([features_1CF.shape[2]]))
+    found_NT = SpeechTeacher(str(tmp_path), layers="last").frames(wav_S, 16_000)
+    torch.testing.assert_close(found_NT, wanted_1NT[0])
 
 
 def test_a_wave_model_is_a_speech_teacher(tmp_path: Path) -> None:

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 import yaml
 
+from flowomni.build import save_model
 from flowomni.tokenizers import VocoderConfig
-from scripts.dm_codec_table import CONFIGS, MINILM, grid_of, main, print_table, resampled, stacked, table
+from scripts.dm_codec_table import CONFIGS, MINILM, grid_of, main, print_table, resampled, resynthesis, stacked, table
 from tests.test_distillation import save_whisper
 from tests.test_tokenizer_stage import VOCODER, options_of, write_manifest
+from tests.tiny import tiny_model
 from training.config import parse
 from training.plan import plan
 from training.stages import STAGES
@@ -99,6 +102,23 @@ def test_differences_are_on_the_same_draws(capsys: pytest.CaptureFixture[str]) -
     assert "difference" not in table(scores, seeds | {"sm": [0, 2]})["sm"], "other seeds are not compared"
     print_table(found)
     assert "+10.0 [+10.0, +10.0]*" in capsys.readouterr().out
+
+
+# resynthesis
+
+
+@torch.inference_mode()
+def test_the_vocoder_alone_is_given_the_true_mel(tmp_path: Path) -> None:
+    """Also where its folder holds a whole model, whose tokenizer has a bottleneck."""
+    model, processor = tiny_model()
+    save_model(model, processor, tmp_path)
+    tokenizer: Any = model.speech_tokenizer
+    wav_S = 0.1 * np.random.default_rng(0).standard_normal(9_000).astype(np.float32)
+    num_frames = 8 * -(-len(wav_S) // 2048)
+    log_mel_1FC = tokenizer.front.log_mel(torch.from_numpy(wav_S)[None], num_frames)
+    wanted_S = tokenizer.vocode(log_mel_1FC)[0, : len(wav_S)].clamp(-1, 1).numpy()
+    np.testing.assert_allclose(resynthesis(tmp_path, quantised=False)(wav_S), wanted_S, atol=1e-5)
+    assert not np.allclose(resynthesis(tmp_path)(wav_S), wanted_S, atol=1e-3)
 
 
 # all of it
