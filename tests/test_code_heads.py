@@ -121,7 +121,7 @@ def test_a_missing_code_is_not_read(kind: str) -> None:
 def test_a_head_learns_how_often_codes_come(kind: str) -> None:
     """Level 0 depends on the hidden state; where a head draws level by level, level 1 is level 0 plus one."""
     num_codebooks, num_codes = (1 if kind == "single" else 2), 6
-    head, generator = code_head(kind, num_codebooks, num_codes, width=32), seeded()
+    head, generator = code_head(kind, num_codebooks, num_codes, width=32, condition_dropout=0.3), seeded()
     optimizer = torch.optim.Adam(head.parameters(), 1e-2)
     chance_2V = torch.tensor([[0.5, 0.3, 0.2, 0, 0, 0], [0, 0, 0, 0.1, 0.2, 0.7]])
 
@@ -130,9 +130,9 @@ def test_a_head_learns_how_often_codes_come(kind: str) -> None:
         return torch.cat([first_N, (first_N + 1) % num_codes], dim=1)[:, :num_codebooks]
 
     embedded_2H = torch.randn(2, HIDDEN, generator=generator)
-    for _ in range(120):
-        side_N = torch.randint(2, (256,), generator=generator)
-        loss = head.loss(embedded_2H[side_N], draw(side_N), side_N, generator)
+    for _ in range(150):
+        side_N = torch.randint(2, (1024,), generator=generator)
+        loss = head.loss(embedded_2H[side_N], draw(side_N), torch.arange(1024), generator)
         optimizer.zero_grad()
         (loss.sum / loss.count).backward()
         optimizer.step()
@@ -142,18 +142,30 @@ def test_a_head_learns_how_often_codes_come(kind: str) -> None:
         torch.testing.assert_close(share_V, chance_2V[side], atol=0.08, rtol=0)
         if kind == "depth":
             assert (code_NK[:, 1] == (code_NK[:, 0] + 1) % num_codes).float().mean() > 0.95
+    common_V = chance_2V.mean(0)  # what is learned without a condition
+    for guidance, wanted_V in ((0.0, common_V), (2.0, chance_2V[1] ** 2 / common_V)):
+        code_NK = head.sample(embedded_2H[[1] * 4_000], CodeSampling(guidance=guidance), generator)
+        share_V = torch.bincount(code_NK[:, 0], minlength=num_codes) / 4_000
+        torch.testing.assert_close(share_V, wanted_V / wanted_V.sum(), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["single", "delay", "depth"])
+def test_guidance_needs_a_head_that_learned_to_go_without(kind: str) -> None:
+    head = code_head(kind, 1 if kind == "single" else 2, condition_dropout=0.0)
+    with pytest.raises(ValueError, match="guidance is 2.0 but head.condition_dropout is 0"):
+        head.sample(torch.zeros(1, HIDDEN), CodeSampling(guidance=2.0), seeded())
 
 
 def test_depth_draws_by_the_logits_that_it_was_taught_with() -> None:
     """Level by level with cached keys and values = all levels at once."""
-    head, hidden_NH = code_head("depth", num_blocks=2), torch.randn(6, HIDDEN, generator=seeded())
+    head, hidden_NH = code_head("depth", num_blocks=2).eval(), torch.randn(6, HIDDEN, generator=seeded())
     code_NK = head.sample(hidden_NH, CodeSampling(temperature=0.0), seeded())
     loss = head.loss(hidden_NH, code_NK, torch.arange(6), None)
     assert [int(loss.parts[f"accuracy_{k}"][0]) for k in range(NUM_LEVELS)] == [6] * NUM_LEVELS
 
 
 def test_a_level_depends_on_those_before_it_alone() -> None:
-    head = code_head("depth", num_blocks=2)
+    head = code_head("depth", num_blocks=2).eval()
     assert isinstance(head, DepthHead)
     hidden_NH, code_NK = torch.randn(4, HIDDEN, generator=seeded()), codes(4, NUM_LEVELS)
 

@@ -94,6 +94,7 @@ BAD_CODE_SAMPLINGS = [
     ({"top_k": 2.0}, "top_k is 2.0"),
     ({"top_p": 0.0}, "top_p is 0.0"),
     ({"top_p": 1.5}, "top_p is 1.5"),
+    ({"guidance": -1.0}, "guidance is -1.0"),
 ]
 CODE_SAMPLINGS = [
     CodeSampling(),
@@ -101,10 +102,11 @@ CODE_SAMPLINGS = [
     CodeSampling(top_k=20),
     CodeSampling(top_p=0.9),
     CodeSampling(2.0, 30, 0.8),
+    CodeSampling(guidance=2.0),
 ]
-PARALLEL = {"width": 16, "num_blocks": 2, "code_dim": 8}
+PARALLEL = {"width": 16, "num_blocks": 2, "code_dim": 8, "condition_dropout": 0.5}
 NOISY = {"feedback_replace": 0.5, "feedback_drop": 0.5}
-DEPTH = {"kind": "depth", "width": 16, "num_heads": 2, "code_dim": 8}
+DEPTH = {"kind": "depth", "width": 16, "num_heads": 2, "code_dim": 8, "condition_dropout": 0.5}
 CASES = {
     "flow-cfm": Case(FLOW, LATENTS, CODES, ODE_SAMPLINGS, BAD_FLOW_SAMPLINGS, **MANY_DRAWS),
     "flow-lsd": Case(
@@ -126,9 +128,13 @@ CASES = {
         [],
         random_token=False,
     ),
-    "single": Case(PARALLEL | {"kind": "single"} | NOISY, ONE_CODE, LATENTS, CODE_SAMPLINGS, BAD_CODE_SAMPLINGS),
-    "delay": Case(PARALLEL | {"kind": "delay"}, CODES, LATENTS, CODE_SAMPLINGS, BAD_CODE_SAMPLINGS),
-    "depth": Case(DEPTH | {"level_weights": [5, 1]} | NOISY, CODES, LATENTS, CODE_SAMPLINGS, BAD_CODE_SAMPLINGS),
+    "single": Case(
+        PARALLEL | {"kind": "single"} | NOISY, ONE_CODE, LATENTS, CODE_SAMPLINGS, BAD_CODE_SAMPLINGS, random_loss=True
+    ),
+    "delay": Case(PARALLEL | {"kind": "delay"}, CODES, LATENTS, CODE_SAMPLINGS, BAD_CODE_SAMPLINGS, random_loss=True),
+    "depth": Case(
+        DEPTH | {"level_weights": [5, 1]} | NOISY, CODES, LATENTS, CODE_SAMPLINGS, BAD_CODE_SAMPLINGS, random_loss=True
+    ),
 }
 ROWS = torch.tensor([0, 0, 0, 2, 2, 3, 3])
 N = len(ROWS)

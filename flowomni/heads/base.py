@@ -63,9 +63,9 @@ class SpeechHead(nn.Module, ABC):
         """What changes in the `config` of a trained head when guidance of that scale is distilled into it.
 
         Raises:
-            ValueError: heads of this kind, or this one, have no guidance.
+            ValueError: there is none for heads of this kind, or none in this one.
         """
-        raise ValueError(f"head.kind is {config.kind!r}, and such heads have no guidance")
+        raise ValueError(f"head.kind is {config.kind!r}, and no guidance can be distilled into such heads")
 
     @abstractmethod
     def embed(self, token_BL: Tensor) -> Tensor:
@@ -110,6 +110,14 @@ def _draw(draw: Callable[..., Tensor], num_rows: int, dim: int, generator: Gener
     if isinstance(generator, torch.Generator):
         return draw(num_rows, dim, generator=generator, device=generator.device).to(device)
     return torch.cat([_draw(draw, 1, dim, row_generator, device) for row_generator in generator])
+
+
+def dropped_rows(row_N: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
+    """bool `[N]`: positions of batch rows that are trained without their hidden state, for classifier-free guidance."""
+    generator = generator or torch.default_generator
+    num_rows = int(row_N.max()) + 1 if len(row_N) else 0
+    uniform = torch.rand(num_rows, generator=generator, device=generator.device).to(row_N.device)
+    return (uniform < share)[row_N]
 
 
 def check_generators(num_rows: int, generator: Generators) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..streams import NONE
 from ..strict import strict
 from ..tokenizers.base import TokenSpec
-from .base import Generators, HeadLoss, SpeechHead, draw_uniform
+from .base import Generators, HeadLoss, SpeechHead, draw_uniform, dropped_rows
 from .layers import ResidualMlp
 
 
@@ -33,11 +33,14 @@ class CodeSampling:
         temperature: of the softmax; 0 takes the most likely code.
         top_k: draw among so many of the most likely codes; 0 means all.
         top_p: draw among the fewest most likely codes that together have this probability; 1 means all.
+        guidance: scale of classifier-free guidance of the logits, before everything else; 1 is none, and saves the
+            second pass.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
@@ -46,6 +49,8 @@ class CodeSampling:
             raise ValueError(f"top_k is {self.top_k!r}; it must be a whole number of at least 0 (0 means all codes)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (1 means all codes)")
+        if not (self.guidance >= 0 and math.isfinite(self.guidance)):
+            raise ValueError(f"guidance is {self.guidance}; it must be a number of at least 0 (1 means none)")
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class CodesConfig:
             divided by their sum. (100, 1) is Moshi's; () means equal.
         feedback_replace, feedback_drop: in training, the largest share of fed-back codes that are replaced by random
             ones, and of fed-back tokens that are left out; each row's shares are uniform up to these.
+        condition_dropout: share of batch rows trained without their hidden state, for guidance.
         sampling: a trained head's best `CodeSampling`, kept with it; None takes the default.
     """
 
@@ -69,6 +75,7 @@ class CodesConfig:
     level_weights: tuple[float, ...] = ()
     feedback_replace: float = 0.0
     feedback_drop: float = 0.0
+    condition_dropout: float = 0.1
     sampling: dict[str, Any] | None = None
 
     own_kind: ClassVar[str]
@@ -83,7 +90,7 @@ class CodesConfig:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
         if any(not (weight > 0 and math.isfinite(weight)) for weight in self.level_weights):
             raise ValueError(f"level_weights is {list(self.level_weights)}; each must be a number above 0")
-        for name in ("feedback_replace", "feedback_drop"):
+        for name in ("feedback_replace", "feedback_drop", "condition_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
         strict(CodeSampling, self.sampling, "sampling")
@@ -171,6 +178,7 @@ class CodeHead(SpeechHead):
         self.num_levels, self.codebook_size = spec.num_codebooks, spec.codebook_size
         self.tables = CodeTables(spec.num_codebooks, spec.codebook_size, config.code_dim)
         self.embedding = LevelLinear(spec.num_codebooks, config.code_dim, hidden_size)
+        self.null_H = nn.Parameter(0.02 * torch.randn(hidden_size))  # stands for "no hidden state"
 
     def embed(self, token_BL: Tensor) -> Tensor:
         """Codes `[.., K]` -> `[.., H]`, the sum over levels; a code that is NONE adds nothing."""
@@ -206,6 +214,24 @@ class CodeHead(SpeechHead):
         """The config's `sampling`, or `CodeSampling()`."""
         return strict(CodeSampling, self.config.sampling, "head.sampling")
 
+    def _taught(self, hidden_NH: Tensor, row_N: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The hidden states in float32; in training, some rows' are the null state."""
+        if not self.training:
+            return hidden_NH.float()
+        dropped_N = dropped_rows(row_N, self.config.condition_dropout, generator)
+        return torch.where(dropped_N[:, None], self.null_H.float(), hidden_NH.float())
+
+    def _conditions(self, hidden_BH: Tensor, sampling: CodeSampling) -> Tensor:
+        """float32 `[P * B, H]`: the hidden states and, with guidance (P = 2), as many null states."""
+        if sampling.guidance == 1.0:
+            return hidden_BH.float()
+        if self.config.condition_dropout == 0:
+            raise ValueError(
+                f"guidance is {sampling.guidance} but head.condition_dropout is 0, so the head never learned to go "
+                "without its condition; use guidance 1"
+            )
+        return torch.cat([hidden_BH.float(), self.null_H.float().expand_as(hidden_BH)])
+
     def score(self, logits_NKV: Tensor, code_NK: Tensor) -> HeadLoss:
         """Cross-entropy: weighted mean over levels, summed over positions; count = N. A NONE costs nothing.
 
@@ -237,19 +263,20 @@ class ParallelHead(CodeHead):
         self.project = LevelLinear(spec.num_codebooks, config.width, config.code_dim)
 
     def _logits(self, hidden_NH: Tensor) -> Tensor:
-        return self.tables.logits(self.project(self.net(hidden_NH.float()).unsqueeze(1)))
+        return self.tables.logits(self.project(self.net(hidden_NH).unsqueeze(1)))
 
     def loss(self, hidden_NH: Tensor, target_N: Tensor, row_N: Tensor, generator: torch.Generator | None) -> HeadLoss:
-        """See `CodeHead.score`. Nothing is random."""
+        """See `CodeHead.score`. Random are the rows without a condition."""
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            return self.score(self._logits(hidden_NH), target_N)
+            return self.score(self._logits(self._taught(hidden_NH, row_N, generator)), target_N)
 
     @torch.no_grad()
     def sample(self, hidden_BH: Tensor, sampling: CodeSampling, generator: Generators) -> Tensor:
         """Draw codes `[B, K]`, int64."""
         uniform_BK = draw_uniform(len(hidden_BH), self.num_levels, generator, hidden_BH.device)
         with torch.autocast(hidden_BH.device.type, enabled=False):
-            return pick(self._logits(hidden_BH), uniform_BK, sampling)
+            logits_BKV = self._logits(self._conditions(hidden_BH, sampling))
+            return pick(guided_logits(logits_BKV, sampling), uniform_BK, sampling)
 
 
 class SingleHead(ParallelHead):
@@ -281,6 +308,17 @@ class DelayHead(ParallelHead):
     def part_delays(cls, spec: TokenSpec) -> Tensor:
         """0, 1, .. K - 1."""
         return torch.arange(spec.num_codebooks)
+
+
+def guided_logits(logits_NV: Tensor, sampling: CodeSampling) -> Tensor:
+    """Logits `[P * B, ..]` of the conditions of `CodeHead._conditions` -> those to draw from `[B, ..]`.
+
+    Log-probabilities `u + guidance (c - u)` of the conditional c and the unconditional u.
+    """
+    if sampling.guidance == 1.0:
+        return logits_NV
+    conditional_BV, unconditional_BV = logits_NV.log_softmax(-1).chunk(2)
+    return unconditional_BV + sampling.guidance * (conditional_BV - unconditional_BV)
 
 
 def pick(logits_V: Tensor, uniform: Tensor, sampling: CodeSampling) -> Tensor:

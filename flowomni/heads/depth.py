@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..tokenizers.base import TokenSpec
 from .base import Generators, HeadLoss, draw_uniform
-from .codes import CodeHead, CodeSampling, CodesConfig, LevelLinear, pick
+from .codes import CodeHead, CodeSampling, CodesConfig, LevelLinear, guided_logits, pick
 
 FEEDFORWARD = 4  # width of the feed-forward layer over W
 Past = tuple[Tensor, Tensor]  # keys and values [N, A, levels so far, C]
@@ -112,10 +112,14 @@ class DepthHead(CodeHead):
         return self.tables.logits(self.project(normed_NJW, first, x_NJW.shape[1]), first), found
 
     def loss(self, hidden_NH: Tensor, target_N: Tensor, row_N: Tensor, generator: torch.Generator | None) -> HeadLoss:
-        """See `CodeHead.score`. All levels at once, each given the true levels before it. Nothing is random."""
+        """See `CodeHead.score`. All levels at once, each given the true levels before it.
+
+        Random are the rows without a condition.
+        """
         with torch.autocast(hidden_NH.device.type, enabled=False):
             previous_NKW = self.previous(self.tables.read(target_N[:, :-1]))
-            x_NKW = self.condition(hidden_NH.float().unsqueeze(1)) + F.pad(previous_NKW, (0, 0, 1, 0))
+            condition_NH = self._taught(hidden_NH, row_N, generator)
+            x_NKW = self.condition(condition_NH.unsqueeze(1)) + F.pad(previous_NKW, (0, 0, 1, 0))
             return self.score(self._logits(x_NKW, None, 0)[0], target_N)
 
     @torch.no_grad()
@@ -125,12 +129,13 @@ class DepthHead(CodeHead):
         codes: list[Tensor] = []
         pasts: list[Past] | None = None
         with torch.autocast(hidden_BH.device.type, enabled=False):
-            condition_BKW = self.condition(hidden_BH.float().unsqueeze(1))
+            condition_NKW = self.condition(self._conditions(hidden_BH, sampling).unsqueeze(1))
+            num_passes = 1 if sampling.guidance == 1.0 else 2
             for level in range(self.num_levels):
-                x_B1W = condition_BKW[:, level : level + 1]
+                x_N1W = condition_NKW[:, level : level + 1]
                 if level > 0:
-                    read_B1E = self.tables.read(codes[-1].unsqueeze(1), level - 1)
-                    x_B1W = x_B1W + self.previous(read_B1E, level - 1, 1)
-                logits_B1V, pasts = self._logits(x_B1W, pasts, level)
-                codes.append(pick(logits_B1V[:, 0], uniform_BK[:, level], sampling))
+                    read_N1E = self.tables.read(codes[-1].repeat(num_passes).unsqueeze(1), level - 1)
+                    x_N1W = x_N1W + self.previous(read_N1E, level - 1, 1)
+                logits_N1V, pasts = self._logits(x_N1W, pasts, level)
+                codes.append(pick(guided_logits(logits_N1V[:, 0], sampling), uniform_BK[:, level], sampling))
         return torch.stack(codes, dim=1)

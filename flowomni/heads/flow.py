@@ -36,7 +36,7 @@ from ..flow import (
 )
 from ..strict import strict
 from ..tokenizers.base import TokenSpec
-from .base import Generators, HeadLoss, draw_noise
+from .base import Generators, HeadLoss, draw_noise, dropped_rows
 from .latent import LatentHead
 from .layers import Linear, layer_norm
 
@@ -322,9 +322,7 @@ class FlowHead(LatentHead):
     def _drop_rows(self, row_N: Tensor, generator: torch.Generator) -> Tensor | None:
         if not self.training:
             return None  # in training never None, so that the null condition is always in the graph (DDP wants that)
-        num_rows = int(row_N.max()) + 1 if len(row_N) else 0
-        uniform = torch.rand(num_rows, generator=generator, device=generator.device).to(row_N.device)
-        return (uniform < self.config.condition_dropout)[row_N]
+        return dropped_rows(row_N, self.config.condition_dropout, generator)
 
     def _draw_losses(
         self, condition_NA: Tensor, target_ND: Tensor, generator: torch.Generator, teacher: Teacher | None
