@@ -5,7 +5,8 @@
 
 Each run is `accelerate launch -m training.train` in a folder of its own, runs/ablations/<grid>/<cell>/seed_<n>. After
 an interruption the same command goes on: finished runs are skipped, a begun one continues from its last checkpoint. A
-run that fails is reported with its last lines, and the others go on. See `scripts.ablation_grid` for the file.
+run that fails is reported with its last lines, and the others go on. Cells that differ in their sampling alone are
+trained once. See `scripts.ablation_grid` for the file.
 
 results.json has every run's steps, tokens, training time and measurements, and what was measured last within the
 smallest number of steps, of tokens, and of seconds that any run took, so that runs can be compared at equal cost.
@@ -37,6 +38,7 @@ from scripts.ablation_grid import CELL_FILE, Cell, Checked, Grid, check, read_gr
 OUTPUT_FILE, CALIBRATION_FILE, RESULTS_FILE = "train.out", "calibration.json", "results.json"
 REPORT_FILE, REPORT_PAGE = "report.json", "report.html"
 CALIBRATION_STEPS = 12
+NOT_COPIED = ("checkpoints", "judged", ".lock")  # of a run, for a cell with other sampling
 NUM_LAST_LINES = 8
 BUDGETS = {"steps": "step", "tokens": "num_tokens", "wall time": "train_sec"}
 
@@ -241,6 +243,11 @@ def run_grid(grid: Grid, cells: Sequence[Checked]) -> list[Run]:
         if run.status == "finished":
             print(f"{label}: finished before", flush=True)
             continue
+        if same := _trained_alike(grid, cell, seed):
+            print(f"{label}: the same training as {same.parent.name}'s, taken from there", flush=True)
+            _copy_run(same, Path(run.folder))
+            _refresh(run, "finished")
+            continue
         print(f"{label}: {run.folder}/{OUTPUT_FILE}", flush=True)
         try:
             run.error = launch(grid, cell.content, Path(run.folder), seed)
@@ -254,6 +261,23 @@ def run_grid(grid: Grid, cells: Sequence[Checked]) -> list[Run]:
         write_results(grid, cells, list(runs.values()))
     write_results(grid, cells, list(runs.values()))
     return list(runs.values())
+
+
+def _trained_alike(grid: Grid, cell: Cell, seed: int) -> Path | None:
+    """The folder of a finished run whose cell differs in the sampling alone, which needs no training of its own."""
+    for other in grid.cells:
+        same = other.content == cell.content and seed in other.seeds
+        if same and other.name != cell.name and is_finished(grid, other, seed):
+            return grid.run_folder(other, seed)
+    return None
+
+
+def _copy_run(source: Path, folder: Path) -> None:
+    partial = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*NOT_COPIED))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def all_runs(grid: Grid, cells: Sequence[Checked]) -> list[Run]:

@@ -230,8 +230,14 @@ def test_a_failed_cell_is_reported_and_the_others_go_on(tmp_path: Path, capsys: 
     assert (tmp_path / "runs/good/seed_5/final").is_dir()
 
     before = (tmp_path / "runs/good/seed_5/train.out").stat().st_mtime_ns
-    assert status_of("--config", str(text_grid(tmp_path, {"good": {}}))) == 0
-    assert "good, seed 5: finished before" in capsys.readouterr().out
+    cells = {"good": {}, "cooler": {"sampling": {"temperature": 0.5}}}
+    assert status_of("--config", str(text_grid(tmp_path, cells))) == 0
+    shown = capsys.readouterr().out
+    assert "good, seed 5: finished before" in shown
+    assert "cooler, seed 5: the same training as good's" in shown
+    runs = json.loads((tmp_path / "runs/results.json").read_text())["cells"]
+    assert runs["cooler"]["runs"]["5"]["eval"] == runs["good"]["runs"]["5"]["eval"]
+    assert (tmp_path / "runs/cooler/seed_5/final").is_dir()
     assert (tmp_path / "runs/good/seed_5/train.out").stat().st_mtime_ns == before
 
 
