@@ -146,7 +146,8 @@ def print_plan(grid: Grid, cells: Sequence[Checked]) -> None:
     for each in cells:
         cell, steps = each.cell, each.parsed.run.max_steps if each.parsed else 0
         seconds, source = cost.get(cell.name, (None, f"unknown: --calibrate {CALIBRATION_STEPS} measures them"))
-        left = sum(steps - _steps_done(grid, cell, seed, steps) for seed in cell.seeds)
+        own = [seed for seed in cell.seeds if grid.trained_as(cell, seed) is cell]
+        left = sum(steps - _steps_done(grid, cell, seed, steps) for seed in own)
         hours = None if seconds is None else left * seconds / 3600
         total, known = total + (hours or 0.0), known and hours is not None
         num_done = sum(is_finished(grid, cell, seed) for seed in cell.seeds)
@@ -243,9 +244,10 @@ def run_grid(grid: Grid, cells: Sequence[Checked]) -> list[Run]:
         if run.status == "finished":
             print(f"{label}: finished before", flush=True)
             continue
-        if same := _trained_alike(grid, cell, seed):
-            print(f"{label}: the same training as {same.parent.name}'s, taken from there", flush=True)
-            _copy_run(same, Path(run.folder))
+        source = grid.trained_as(cell, seed)
+        if source is not cell and is_finished(grid, source, seed):
+            print(f"{label}: the same training as {source.name}'s, taken from there", flush=True)
+            _copy_run(grid.run_folder(source, seed), Path(run.folder))
             _refresh(run, "finished")
             continue
         print(f"{label}: {run.folder}/{OUTPUT_FILE}", flush=True)
@@ -261,15 +263,6 @@ def run_grid(grid: Grid, cells: Sequence[Checked]) -> list[Run]:
         write_results(grid, cells, list(runs.values()))
     write_results(grid, cells, list(runs.values()))
     return list(runs.values())
-
-
-def _trained_alike(grid: Grid, cell: Cell, seed: int) -> Path | None:
-    """The folder of a finished run whose cell differs in the sampling alone, which needs no training of its own."""
-    for other in grid.cells:
-        same = other.content == cell.content and seed in other.seeds
-        if same and other.name != cell.name and is_finished(grid, other, seed):
-            return grid.run_folder(other, seed)
-    return None
 
 
 def _copy_run(source: Path, folder: Path) -> None:
@@ -448,7 +441,9 @@ def train_grid(grid: Grid, only_plan: bool, calibration_steps: int | None) -> in
     num_steps = calibration_steps if calibration_steps is not None else 0 if only_plan else CALIBRATION_STEPS
     if not problems and num_steps:
         known = known_cost(grid)
-        pending = [c for c in grid.cells if not all(is_finished(grid, c, seed) for seed in c.seeds)]
+        pending = [
+            c for c in grid.cells if any(grid.trained_as(c, s) is c and not is_finished(grid, c, s) for s in c.seeds)
+        ]
         calibrate(grid, [cell for cell in pending if cell.name not in known], num_steps)
     print_plan(grid, cells)
     for text in problems:

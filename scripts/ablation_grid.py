@@ -101,6 +101,10 @@ class Grid:
         """The cell of that name."""
         return next(cell for cell in self.cells if cell.name == name)
 
+    def trained_as(self, cell: Cell, seed: int) -> Cell:
+        """The first cell with the same training; it differs from `cell` in the sampling alone, and may be it."""
+        return next(other for other in self.cells if other.content == cell.content and seed in other.seeds)
+
     def run_folder(self, cell: Cell, seed: int) -> Path:
         """Where a run is trained."""
         return self.folder / cell.name / f"seed_{seed}"

@@ -172,23 +172,18 @@ def measured(folder: Path, answers: HeldOut, title: str) -> dict[str, Any]:
     return found
 
 
-def resynthesis(path: str | Path, quantised: bool = True) -> Callable[[np.ndarray], np.ndarray]:
+def resynthesis(path: str | Path, bottleneck: bool = True) -> Callable[[np.ndarray], np.ndarray]:
     """wav_S to tokens and back, by the tokenizer, or that of the whole model, in folder `path`.
 
     Args:
-        quantised: False goes from the true mel straight to the vocoder.
+        bottleneck: False goes from the true mel straight to the vocoder.
     """
     tokenizer = load_part_tokenizer(str(path)).eval()
 
     @torch.inference_mode()
     def resynthesise(wav_S: np.ndarray) -> np.ndarray:
         wav_1S = torch.from_numpy(wav_S)[None]
-        token_1LX, _ = tokenizer.encode(wav_1S)
-        if quantised:
-            decoded_1S = tokenizer.decode(token_1LX)
-        else:
-            num_frames = token_1LX.shape[1] * tokenizer.frames_per_token
-            decoded_1S = tokenizer.vocode(tokenizer.front.log_mel(wav_1S, num_frames))
+        decoded_1S = tokenizer.decode(tokenizer.encode(wav_1S)[0]) if bottleneck else tokenizer.through_vocoder(wav_1S)
         return decoded_1S[0, : len(wav_S)].clamp(-1, 1).numpy()
 
     return resynthesise
@@ -288,7 +283,7 @@ def dm_codec_table(args: argparse.Namespace) -> int:
     if args.plan or status == 2:
         return status
     runs = {"original": [measure(answers, lambda wav_S: wav_S, "original")]}
-    runs["vocoder"] = [measure(answers, resynthesis(str(options.get("vocoder")), quantised=False), "vocoder")]
+    runs["vocoder"] = [measure(answers, resynthesis(str(options.get("vocoder")), bottleneck=False), "vocoder")]
     seeds: dict[str, list[int]] = {"original": [], "vocoder": []}
     for cell in grid.cells:
         finished = [seed for seed in cell.seeds if (grid.run_folder(cell, seed) / "final").is_dir()]

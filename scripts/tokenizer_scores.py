@@ -94,8 +94,7 @@ def resynthesise(clip: Clip, tokenizers: Mapping[str, SpeechTokenizer]) -> dict[
         code_LK = token_1LX[0].cpu() if tokenizer.spec.kind == "discrete" else None
         wavs = {Version(name): (tokenizer.decode(token_1LX), code_LK)}
         if isinstance(tokenizer, MelTokenizer):
-            num_frames = token_1LX.shape[1] * tokenizer.frames_per_token
-            wavs[Version(name, True)] = tokenizer.vocode(tokenizer.front.log_mel(wav_1S, num_frames)), None
+            wavs[Version(name, True)] = tokenizer.through_vocoder(wav_1S), None
         for version, (decoded_1S, codes) in wavs.items():
             wav_S = decoded_1S[0, : len(original_S)].float().cpu().numpy()
             found[version] = Sound(wav_S, rate, original_S, codes)

@@ -117,7 +117,7 @@ def test_the_vocoder_alone_is_given_the_true_mel(tmp_path: Path) -> None:
     num_frames = 8 * -(-len(wav_S) // 2048)
     log_mel_1FC = tokenizer.front.log_mel(torch.from_numpy(wav_S)[None], num_frames)
     wanted_S = tokenizer.vocode(log_mel_1FC)[0, : len(wav_S)].clamp(-1, 1).numpy()
-    np.testing.assert_allclose(resynthesis(tmp_path, quantised=False)(wav_S), wanted_S, atol=1e-5)
+    np.testing.assert_allclose(resynthesis(tmp_path, bottleneck=False)(wav_S), wanted_S, atol=1e-5)
     assert not np.allclose(resynthesis(tmp_path)(wav_S), wanted_S, atol=1e-3)
 
 

@@ -18,7 +18,9 @@ from flowomni.layouts import Turn
 from flowomni.modeling import FlowOmniModel, Letters
 from flowomni.processing import FlowOmniProcessor
 from flowomni.streams import Streams
+from training.lora import LoraOptions
 from training.parts import with_sections
+from training.stages.speech import SpeechOptions
 
 from .tiny import tiny_model
 
@@ -127,6 +129,13 @@ def test_a_model_without_letters_can_learn_to_read_them() -> None:
     assert changed.output_blocks.letters.bytes_VK.any()
     with pytest.raises(ValueError, match=r"options.output_blocks .* ask for other weights"):
         with_sections(model, {"output_blocks": {"num_layers": 2}})
+    with pytest.raises(ValueError, match=r"other weights than the model's: output_blocks.letters.bytes_VK"):
+        with_sections(changed, {"output_blocks": {"num_letters": 8}})
+
+
+def test_letters_are_not_left_behind_by_adapters() -> None:
+    with pytest.raises(ValueError, match=r"options.output_blocks .* set options.lora.save to 'merged'"):
+        SpeechOptions("data", model="model", output_blocks={"num_letters": 6}, lora=LoraOptions(save="adapters"))
 
 
 @pytest.mark.parametrize("values", [{"num_letters": -1}, {"num_layers": 0, "num_letters": 4}])

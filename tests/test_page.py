@@ -293,15 +293,10 @@ def test_keys_words_and_interruption(engine: Engine) -> None:
         assert len(played_S) < len(sent_S), "it was not interrupted"
         assert 0 < cut["audio_end_ms"] <= 1000 * len(played_S) / RATE + 100
         fade = 120
-        piece_S = played_S[
-            len(played_S) // 2 : -2 * fade
-        ]  # a busy machine may record its start late, or play with a gap
-        starts = np.flatnonzero(np.isclose(sent_S, piece_S[0], atol=1e-6))
-        assert any(
-            np.allclose(sent_S[n : n + len(piece_S)], piece_S, atol=1e-6)
-            for n in starts
-            if n + len(piece_S) <= len(sent_S)
-        )
+        # a part of it: a busy machine may record its start late, or play with a gap
+        piece_S = played_S[len(played_S) // 2 : -2 * fade]
+        starts = np.flatnonzero(np.isclose(sent_S[: len(sent_S) - len(piece_S) + 1], piece_S[0], atol=1e-6))
+        assert any(np.allclose(sent_S[n : n + len(piece_S)], piece_S, atol=1e-6) for n in starts)
         assert page.locator("#log li.model.cut").count() == 1
         assert page.inner_text("#spoken") == "silent" and page.is_disabled("#interrupt")
 

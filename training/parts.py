@@ -58,8 +58,10 @@ def with_sections(model: FlowOmniModel, changes: dict[str, dict[str, Any]]) -> F
     changed = FlowOmniModel(FlowOmniConfig(**{k: v for k, v in values.items() if k != "model_type"}))
     auxiliary = ("ctc.", "text_ctc.", "output_blocks.letters.")
     kept = {k: v for k, v in model.state_dict().items() if not k.startswith(auxiliary) or k in changed.state_dict()}
-    missing, unexpected = changed.load_state_dict(kept, strict=False)
-    wrong = [*unexpected, *(name for name in missing if not name.startswith(auxiliary))]
+    wanted = changed.state_dict()
+    resized = [name for name, tensor in kept.items() if name in wanted and wanted[name].shape != tensor.shape]
+    missing, unexpected = changed.load_state_dict({k: v for k, v in kept.items() if k not in resized}, strict=False)
+    wrong = list(dict.fromkeys([*resized, *unexpected, *(n for n in missing if not n.startswith(auxiliary))]))
     if wrong:
         names = ", ".join(wrong[:3])
         sections = ", ".join(f"options.{section}" for section, some in changes.items() if some)

@@ -52,6 +52,11 @@ class CodeSampling:
         if not (self.guidance >= 0 and math.isfinite(self.guidance)):
             raise ValueError(f"guidance is {self.guidance}; it must be a number of at least 0 (1 means none)")
 
+    @property
+    def num_passes(self) -> int:
+        """P: the conditional one and, with guidance, the unconditional one."""
+        return 1 if self.guidance == 1.0 else 2
+
 
 @dataclass(frozen=True)
 class CodesConfig:
@@ -223,7 +228,7 @@ class CodeHead(SpeechHead):
 
     def _conditions(self, hidden_BH: Tensor, sampling: CodeSampling) -> Tensor:
         """float32 `[P * B, H]`: the hidden states and, with guidance (P = 2), as many null states."""
-        if sampling.guidance == 1.0:
+        if sampling.num_passes == 1:
             return hidden_BH.float()
         if self.config.condition_dropout == 0:
             raise ValueError(
@@ -315,7 +320,7 @@ def guided_logits(logits_NV: Tensor, sampling: CodeSampling) -> Tensor:
 
     Log-probabilities `u + guidance (c - u)` of the conditional c and the unconditional u.
     """
-    if sampling.guidance == 1.0:
+    if sampling.num_passes == 1:
         return logits_NV
     conditional_BV, unconditional_BV = logits_NV.log_softmax(-1).chunk(2)
     return unconditional_BV + sampling.guidance * (conditional_BV - unconditional_BV)

@@ -130,11 +130,10 @@ class DepthHead(CodeHead):
         pasts: list[Past] | None = None
         with torch.autocast(hidden_BH.device.type, enabled=False):
             condition_NKW = self.condition(self._conditions(hidden_BH, sampling).unsqueeze(1))
-            num_passes = 1 if sampling.guidance == 1.0 else 2
             for level in range(self.num_levels):
                 x_N1W = condition_NKW[:, level : level + 1]
                 if level > 0:
-                    read_N1E = self.tables.read(codes[-1].repeat(num_passes).unsqueeze(1), level - 1)
+                    read_N1E = self.tables.read(codes[-1].repeat(sampling.num_passes).unsqueeze(1), level - 1)
                     x_N1W = x_N1W + self.previous(read_N1E, level - 1, 1)
                 logits_N1V, pasts = self._logits(x_N1W, pasts, level)
                 codes.append(pick(guided_logits(logits_N1V[:, 0], sampling), uniform_BK[:, level], sampling))

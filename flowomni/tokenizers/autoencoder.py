@@ -355,6 +355,11 @@ class MelTokenizer(SpeechTokenizer):
         floor = torch.tensor(self.front.config.floor).log().item()
         return self.vocoder(self.front.standardise(log_mel_BFC.clamp(min=floor)))
 
+    def through_vocoder(self, wav_BS: Tensor) -> Tensor:
+        """The wave to its mel and back, past every bottleneck: what no token can better. Whole tokens, so S or more."""
+        num_tokens = -(-wav_BS.shape[1] // self.spec.samples_per_token)
+        return self.vocode(self.front.log_mel(wav_BS, num_tokens * self.frames_per_token))
+
     def init_state(self, batch_size: int) -> MelTokenizerState:
         decoder = None if self.decoder is None else self.decoder.init_state(batch_size)
         return MelTokenizerState(decoder, self.vocoder.init_state(batch_size))

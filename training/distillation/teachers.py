@@ -143,12 +143,13 @@ class SpeechTeacher:
 
     def __init__(self, path: str, layers: str = "mean") -> None:
         self._layers = layers
-        whole = is_whole_model(path)
-        config = load_part_encoder(path).whisper.config if whole else _config(path, "speech_teacher")
+        config = None if is_whole_model(path) else _config(path, "speech_teacher")
         self._model: nn.Module
-        if config.model_type == "whisper":
+        if config is None or config.model_type == "whisper":
+            encoder = load_part_encoder(path)
+            config = encoder.whisper.config
             self._features = HeardFeatures.from_whisper_config(config)
-            self._model = load_part_encoder(path)
+            self._model = encoder
             self._rate_hz, frame_samples = HEARD_SAMPLE_RATE_HZ, HOP_SAMPLES * MEL_FRAMES_PER_ENCODER_FRAME
         else:
             if not hasattr(config, "inputs_to_logits_ratio"):

@@ -129,6 +129,11 @@ class SpeechOptions:
             raise ValueError(f"options.families is {self.families}; shares are not negative, and one is above 0")
         if self.lora.save == "adapters" and self.model is None:
             raise ValueError("options.lora.save is 'adapters', but these fit a saved model alone: set options.model")
+        if self.output_blocks and self.lora.save == "adapters":
+            raise ValueError(
+                "options.lora.save is 'adapters', but a model with options.output_blocks has another config than its "
+                "base, which adapters do not carry: set options.lora.save to 'merged'"
+            )
         if self.distill_guidance is not None:
             self._check_guidance(self.distill_guidance)
 
