@@ -106,6 +106,7 @@ class Aligner:
         wav_S = np.pad(resample(wav_S, sample_rate_hz, RECOGNISER_RATE_HZ), int(_SILENCE_SEC * RECOGNISER_RATE_HZ))
         pcm_S = np.clip(np.rint(wav_S * 32767.0), -32768, 32767).astype("<i2")
         decoder.set_align_text(" ".join(words))
+        decoder.reinit_feat()  # forgets the clips before: a first one differed from a second by a frame
         decoder.start_utt()
         # As one whole utterance, so that the cepstral mean is this clip's own and not a running one.
         decoder.process_raw(pcm_S.tobytes(), no_search=False, full_utt=True)
