@@ -33,12 +33,13 @@ from typing import Any, NoReturn, TextIO
 
 import yaml
 
+from scripts.ablation_files import JUDGED
 from scripts.ablation_grid import CELL_FILE, Cell, Checked, Grid, check, read_grid
 
 OUTPUT_FILE, CALIBRATION_FILE, RESULTS_FILE = "train.out", "calibration.json", "results.json"
 REPORT_FILE, REPORT_PAGE = "report.json", "report.html"
 CALIBRATION_STEPS = 12
-NOT_COPIED = ("checkpoints", "judged", ".lock")  # of a run, for a cell with other sampling
+NOT_COPIED = ("checkpoints", JUDGED, ".lock")  # of a run, for a cell with other sampling
 NUM_LAST_LINES = 8
 BUDGETS = {"steps": "step", "tokens": "num_tokens", "wall time": "train_sec"}
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -32,16 +30,15 @@ from flowomni.evaluation import Dnsmos, Recogniser, Workers, word_error_rate
 from flowomni.evaluation.resynthesis import mel_distance, word_information
 from flowomni.evaluation.speaker import SpeakerEncoder, speaker_network
 from flowomni.tokenizers.mel import MelConfig, MelFront
+from scripts.ablation_files import JUDGED, keep_sound, read_rows, slug, write_rows
 from scripts.ablation_grid import Cell, Checked, Grid
 from scripts.ablation_questions import HEARD, OF_EARS, SPEAK, TYPED, VOICE, VOICE_SHIFTS, Condition, questions_of
 from scripts.ablation_voice import altered, measure_cost, through_the_voice
-from scripts.evaluate import write_text
 from scripts.tokenizer_conditions import spread
 from training.manifest import Conversation, read_manifest
 from training.recordings import read_recording
 from training.stages.speech import TASKS, SpeechOptions
 
-JUDGED = "judged"
 REFERENCE_RATE_HZ = 24_000
 Sound = tuple[np.ndarray, int, bool]  # wav_S, its rate in Hz, whether its DNSMOS is wanted
 Heard = tuple[str, float | None]  # its words, its DNSMOS
@@ -154,8 +151,8 @@ class Judge:
                 if not (folder / "final").is_dir():
                     continue
                 key = self._key_of_run(cell, folder)
-                left = [c for c in self.conditions if _read(folder, c.name, key | _key_of(c)) is None]
-                with_voice = bool(self.of_voice) and _read(folder, VOICE, key | self._voice_key()) is None
+                left = [c for c in self.conditions if read_rows(folder, c.name, key | _key_of(c)) is None]
+                with_voice = bool(self.of_voice) and read_rows(folder, VOICE, key | self._voice_key()) is None
                 if left or with_voice:
                     found.append(Task(cell, seed, folder, tuple(left), with_voice))
         return found
@@ -210,11 +207,11 @@ class Judge:
         for condition in tqdm(task.conditions, desc="conditions", unit="condition", leave=False):
             began = time.perf_counter()
             rows = self._ask(omni, task, condition, references[condition.name], listeners, voice_E)
-            _write(task.folder, condition.name, key | _key_of(condition), rows, time.perf_counter() - began)
+            write_rows(task.folder, condition.name, key | _key_of(condition), rows, time.perf_counter() - began)
         if task.with_voice:
             began = time.perf_counter()
             rows = self._shift_voice(omni, task, listeners)
-            _write(task.folder, VOICE, key | self._voice_key(), rows, time.perf_counter() - began)
+            write_rows(task.folder, VOICE, key | self._voice_key(), rows, time.perf_counter() - began)
 
     def _ask(
         self,
@@ -249,8 +246,8 @@ class Judge:
                 first.setdefault(item.id, answer)
         num_kept = NUM_KEPT if condition.shift is None else NUM_KEPT_SHIFTED
         for index, item in enumerate(condition.items[:: max(1, len(condition.items) // num_kept)][:num_kept]):
-            _keep(task.folder, f"{condition.name}-{index}", first[item.id].wav_S, omni.sample_rate_hz)
-            next(row for row in rows if row["id"] == item.id)["kept"] = f"{_slug(condition.name)}-{index}.flac"
+            keep_sound(task.folder, f"{condition.name}-{index}", first[item.id].wav_S, omni.sample_rate_hz)
+            next(row for row in rows if row["id"] == item.id)["kept"] = f"{slug(condition.name)}-{index}.flac"
         return rows
 
     def _scored(self, condition: Condition) -> set[str]:
@@ -281,14 +278,14 @@ class Judge:
 
     def references(self) -> dict[str, list[dict[str, Any]]]:
         """What the right answers' recordings score, as they were heard in an earlier judgement."""
-        found = _read(self.grid.folder, "references", self._reference_key())
+        found = read_rows(self.grid.folder, "references", self._reference_key())
         return {} if found is None else {name: [r for r in found if r["of"] == name] for name in _names(found)}
 
     def _references(self, listeners: Listeners) -> dict[str, list[dict[str, Any]]]:
         if not self.references():
             began = time.perf_counter()
             rows = self._listen_to_references(listeners)
-            _write(self.grid.folder, "references", self._reference_key(), rows, time.perf_counter() - began)
+            write_rows(self.grid.folder, "references", self._reference_key(), rows, time.perf_counter() - began)
         return self.references()
 
     def _listen_to_references(self, listeners: Listeners) -> list[dict[str, Any]]:
@@ -336,7 +333,7 @@ class Judge:
             return {}
         key: dict[str, Any] = {"cells": {name: _run_key(*run) for name, run in runs.items()}}
         key |= {"num_turns": self.grid.judge.num_turns, "num_threads": torch.get_num_threads()}
-        rows = _read(self.grid.folder, "costs", key)
+        rows = read_rows(self.grid.folder, "costs", key)
         if rows is None and measure:
             began = time.perf_counter()
             load = round(os.getloadavg()[0], 2)
@@ -345,7 +342,7 @@ class Judge:
             text = self.conditions[0].items[0].answer.text
             found = measure_cost(models, text, self.grid.judge.num_turns)
             rows = [{"cell": name, **cost, "load_average": load} for name, cost in found.items()]
-            _write(self.grid.folder, "costs", key, rows, time.perf_counter() - began)
+            write_rows(self.grid.folder, "costs", key, rows, time.perf_counter() - began)
         return {row["cell"]: row for row in rows or ()}
 
     # ------------------------------------------------------------------------------------------------------ reading
@@ -361,7 +358,7 @@ class Judge:
                     found.missing.append(f"{label}: its training is not finished")
                     continue
                 key = self._key_of_run(cell, folder)
-                some = {c.name: _read(folder, c.name, key | _key_of(c)) for c in self.conditions}
+                some = {c.name: read_rows(folder, c.name, key | _key_of(c)) for c in self.conditions}
                 lacking = [name for name, rows in some.items() if rows is None]
                 if lacking:
                     found.missing.append(f"{label}: not judged on {', '.join(lacking)}")
@@ -370,7 +367,7 @@ class Judge:
                 for name, rows in some.items():
                     if rows is not None:
                         found.rows[cell.name].setdefault(name, {})[seed] = rows
-                for row in _read(folder, VOICE, key | self._voice_key()) or ():
+                for row in read_rows(folder, VOICE, key | self._voice_key()) or ():
                     name = f"{row['shift']}/{row['version']}"
                     found.voice[cell.name].setdefault(name, {}).setdefault(seed, []).append(row)
         return found
@@ -456,10 +453,6 @@ def _mean_voice(references: Mapping[str, Sequence[Mapping[str, Any]]]) -> np.nda
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w.+-]+", "_", name)
-
-
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -487,24 +480,3 @@ def _key_of(condition: Condition) -> dict[str, Any]:
     return {"kind": condition.kind, "ids": condition.ids, "num_samples": condition.num_samples, "shift": shift} | (
         {"seed": condition.seed} if shift else {}
     )
-
-
-def _keep(folder: Path, name: str, wav_S: np.ndarray, rate: int) -> None:
-    (folder / JUDGED).mkdir(exist_ok=True)
-    path = folder / JUDGED / f"{_slug(name)}.flac"
-    soundfile.write(path, np.clip(wav_S, -1.0, 1.0), rate, subtype="PCM_16")
-
-
-def _write(folder: Path, name: str, key: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], seconds: float) -> None:
-    (folder / JUDGED).mkdir(parents=True, exist_ok=True)
-    values = {"key": key, "seconds": round(seconds, 3), "rows": rows}
-    write_text(folder / JUDGED / f"{_slug(name)}.json", json.dumps(values, allow_nan=False) + "\n")
-
-
-def _read(folder: Path, name: str, key: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The rows that were written under this key; None where there are none, or those of another."""
-    file = folder / JUDGED / f"{_slug(name)}.json"
-    if not file.is_file():
-        return None
-    values = json.loads(file.read_text(encoding="utf-8"))
-    return values["rows"] if values["key"] == json.loads(json.dumps(key)) else None

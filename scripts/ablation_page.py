@@ -13,7 +13,8 @@ import soundfile
 
 from flowomni.evaluation import Interval
 from scripts.ablation_figures import figures
-from scripts.ablation_judge import JUDGED, Judged
+from scripts.ablation_files import JUDGED
+from scripts.ablation_judge import Judged
 from scripts.ablation_questions import HEARD, SPEAK, TYPED
 from scripts.ablation_report import RELATIVE, main_condition, named_settings, shown
 from scripts.ablation_scores import SCORES, VOICE_SCORES, Score, excludes_zero

@@ -16,7 +16,7 @@ import yaml
 from flowomni.build import save_model
 from flowomni.tokenizers import VocoderConfig
 from scripts.dm_codec_table import CONFIGS, MINILM, grid_of, main, print_table, resampled, resynthesis, stacked, table
-from tests.test_distillation import save_whisper
+from tests.teachers import save_whisper
 from tests.test_tokenizer_stage import VOCODER, options_of, write_manifest
 from tests.tiny import tiny_model
 from training.config import parse

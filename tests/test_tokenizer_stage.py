@@ -24,7 +24,7 @@ import yaml
 from vocos.loss import DiscriminatorLoss, FeatureMatchingLoss, GeneratorLoss
 
 from flowomni.tokenizers import AutoencoderConfig, MelTokenizer, VocoderConfig
-from tests.test_distillation import needs_flite, save_text_teacher, save_whisper, spoken
+from tests.teachers import needs_flite, save_text_teacher, save_whisper, spoken
 from tests.test_training import check_resume, read_log
 from training.adversarial import AdversarialOptions, Adversary
 from training.distillation import CorpusTargets, DistillationOptions, Targets, TimedVectors
