@@ -6,7 +6,8 @@
 Each run is `accelerate launch -m training.train` in a folder of its own, runs/ablations/<grid>/<cell>/seed_<n>. After
 an interruption the same command goes on: finished runs are skipped, a begun one continues from its last checkpoint. A
 run that fails is reported with its last lines, and the others go on. Cells that differ in their sampling alone are
-trained once. See `scripts.ablation_grid` for the file.
+trained once. The same command, given again while one works (on another GPU, with another CUDA_VISIBLE_DEVICES), takes
+runs that nobody trains yet; the last of them judges. See `scripts.ablation_grid` for the file.
 
 results.json has every run's steps, tokens, training time and measurements, and what was measured last within the
 smallest number of steps, of tokens, and of seconds that any run took, so that runs can be compared at equal cost.
@@ -39,7 +40,8 @@ from scripts.ablation_grid import CELL_FILE, Cell, Checked, Grid, check, read_gr
 OUTPUT_FILE, CALIBRATION_FILE, RESULTS_FILE = "train.out", "calibration.json", "results.json"
 REPORT_FILE, REPORT_PAGE = "report.json", "report.html"
 CALIBRATION_STEPS = 12
-NOT_COPIED = ("checkpoints", JUDGED, ".lock")  # of a run, for a cell with other sampling
+LOCK_FILE = ".lock"
+NOT_COPIED = ("checkpoints", JUDGED, LOCK_FILE)  # of a run, for a cell with other sampling
 NUM_LAST_LINES = 8
 BUDGETS = {"steps": "step", "tokens": "num_tokens", "wall time": "train_sec"}
 
@@ -49,7 +51,7 @@ class Run:
     """What became of a cell's seed.
 
     Attributes:
-        status: "pending", "finished", "failed" or "interrupted".
+        status: "pending", "finished", "failed", "interrupted", or "elsewhere": another process trains it.
         history: per line of its log: step, num_tokens and train_sec so far, and what was logged there.
         error: its last lines, where it failed.
     """
@@ -119,6 +121,8 @@ def calibrate(grid: Grid, cells: Sequence[Cell], num_steps: int) -> None:
     file = grid.folder / CALIBRATION_FILE
     for cell in cells:
         folder = grid.folder / "calibration" / cell.name
+        if is_trained_elsewhere(folder):
+            continue
         shutil.rmtree(folder, ignore_errors=True)
         content = {**cell.content, "max_steps": num_steps, "log_every": max(1, num_steps // 3)}
         content |= {"eval_every": 0, "save_every": 0, "wandb": "disabled"}
@@ -222,7 +226,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[TextIO | None]:
     """An exclusive lock on a run's folder; None where another process has it."""
-    with (folder / ".lock").open("w") as lock:
+    with (folder / LOCK_FILE).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -231,21 +235,35 @@ def _locked(folder: Path) -> Iterator[TextIO | None]:
             yield lock
 
 
+def is_trained_elsewhere(folder: Path) -> bool:
+    """Whether another process trains in a run's folder."""
+    if not (folder / LOCK_FILE).exists():
+        return False
+    with _locked(folder) as lock:
+        return lock is None
+
+
 def run_grid(grid: Grid, cells: Sequence[Checked]) -> list[Run]:
     """Train what is not finished, first every cell's first seed; writes results.json after each run."""
     order = [
-        (place, each.cell, seed)
+        (each.cell, seed)
         for place in range(max(len(each.cell.seeds) for each in cells))
         for each in cells
         for seed in each.cell.seeds[place : place + 1]
     ]
+    order.sort(key=lambda run: grid.trained_as(*run) is not run[0])  # what is taken from others comes last
     runs = {(run.cell, run.seed): run for run in all_runs(grid, cells)}
-    for number, (_, cell, seed) in enumerate(order, 1):
+    for number, (cell, seed) in enumerate(order, 1):
         run, label = runs[cell.name, seed], f"[{number}/{len(order)}] {cell.name}, seed {seed}"
-        if run.status == "finished":
+        if is_finished(grid, cell, seed):
             print(f"{label}: finished before", flush=True)
+            _refresh(run)
             continue
         source = grid.trained_as(cell, seed)
+        if is_trained_elsewhere(grid.run_folder(source, seed)):
+            print(f"{label}: another process trains it", flush=True)
+            run.status = "elsewhere"
+            continue
         if source is not cell and is_finished(grid, source, seed):
             print(f"{label}: the same training as {source.name}'s, taken from there", flush=True)
             _copy_run(grid.run_folder(source, seed), Path(run.folder))
@@ -262,6 +280,9 @@ def run_grid(grid: Grid, cells: Sequence[Checked]) -> list[Run]:
         if run.error:
             print(f"{label}: FAILED, the others go on\n  " + run.error.replace("\n", "\n  "), flush=True)
         write_results(grid, cells, list(runs.values()))
+    for run in runs.values():
+        if run.status == "elsewhere" and (Path(run.folder) / "final").is_dir():  # by now
+            _refresh(run)
     write_results(grid, cells, list(runs.values()))
     return list(runs.values())
 
@@ -395,8 +416,11 @@ def ablate(args: argparse.Namespace) -> int:
     grid = replace(grid, judge=replace(grid.judge, **changes))
     status = 0
     if not (args.judge_only or args.report_only):
-        status = train_grid(grid, args.plan, args.calibrate)
+        status, num_elsewhere = train_grid(grid, args.plan, args.calibrate)
         if args.train_only or status == 2:
+            return status
+        if num_elsewhere:
+            print(f"other processes train {num_elsewhere} runs; the last one judges (or --judge-only does, now)")
             return status
     return max(status, judge_grid(grid, args.num_workers, args.plan, args.report_only))
 
@@ -432,8 +456,8 @@ def judge_grid(grid: Grid, num_workers: int, only_plan: bool, only_report: bool)
     return 1 if judged.missing else 0
 
 
-def train_grid(grid: Grid, only_plan: bool, calibration_steps: int | None) -> int:
-    """Plan a grid, and train it; returns 1 if a run failed, 2 if nothing may be trained."""
+def train_grid(grid: Grid, only_plan: bool, calibration_steps: int | None) -> tuple[int, int]:
+    """Plan a grid, and train it; returns 1 if a run failed, 2 if nothing may be trained; and runs others still train."""
     if calibration_steps is not None and calibration_steps != 0 and calibration_steps < 3:
         raise ValueError(f"--calibrate is {calibration_steps}; give at least 3 steps, or 0")
     cells, problems, warnings = check(grid)
@@ -450,10 +474,11 @@ def train_grid(grid: Grid, only_plan: bool, calibration_steps: int | None) -> in
     for text in problems:
         print(f"error: {text}", file=sys.stderr)
     if problems or only_plan:
-        return 2 if problems else 0
+        return 2 if problems else 0, 0
     runs = run_grid(grid, cells)
     print_results(grid, runs)
-    return 1 if any(run.status != "finished" for run in runs) else 0
+    num_elsewhere = sum(run.status == "elsewhere" for run in runs)
+    return int(sum(run.status == "finished" for run in runs) + num_elsewhere < len(runs)), num_elsewhere
 
 
 def main(args: Sequence[str] | None = None) -> None:

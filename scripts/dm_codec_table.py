@@ -279,7 +279,7 @@ def dm_codec_table(args: argparse.Namespace) -> int:
     grid = grid_of(args.configs, args.out, args.seeds)
     options = grid.cells[0].content.get("options", {})
     answers = held_out_answers(str(options.get("corpus")), args.num_answers)
-    status = train_grid(grid, args.plan, args.calibrate)
+    status, _ = train_grid(grid, args.plan, args.calibrate)
     if args.plan or status == 2:
         return status
     runs = {"original": [measure(answers, lambda wav_S: wav_S, "original")]}

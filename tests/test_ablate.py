@@ -241,14 +241,22 @@ def test_a_failed_cell_is_reported_and_the_others_go_on(tmp_path: Path, capsys: 
     assert (tmp_path / "runs/good/seed_5/train.out").stat().st_mtime_ns == before
 
 
-def test_a_run_is_not_trained_twice_at_once(tmp_path: Path) -> None:
-    grid = read_grid(text_grid(tmp_path, {"good": {}}))
+def test_a_run_is_not_trained_twice_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second process leaves what a first one trains, and what is copied from that; it trains the rest, and judges nothing."""
+    cells = {"taken": {}, "cooler": {"sampling": {"temperature": 0.5}}, "free": {"set": {"max_steps": 2}}}
+    file = text_grid(tmp_path, cells)
+    grid = read_grid(file)
     folder = grid.run_folder(grid.cells[0], 5)
     folder.mkdir(parents=True)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "is being trained by another process" in launch(grid, grid.cells[0].content, folder, 5)
-    assert not (folder / "cell.yaml").exists()
+        assert status_of("--config", str(file)) == 0
+    shown = capsys.readouterr().out
+    assert "taken, seed 5: another process trains it" in shown and "cooler, seed 5: another process trains it" in shown
+    assert "other processes train 2 runs; the last one judges" in shown
+    assert (tmp_path / "runs/free/seed_5/final").is_dir()
+    assert not (folder / "cell.yaml").exists() and not (tmp_path / "runs/cooler").exists()
 
 
 # -------------------------------------------------------------------------------------------------------------- results

@@ -92,7 +92,7 @@ class SpeechOptions:
         mask_time_frames, mask_mel_bins: largest masked span of the heard features in training (SpecAugment).
         attention: implementation of attention in training; "eager" is faster on CPUs for short sequences (flash
             attention's backward pass costs more there than the score matrix), "sdpa" elsewhere.
-        num_eval: held-out conversations that are answered aloud at each evaluation.
+        num_eval: held-out conversations, of the families that train, that are answered aloud at each evaluation.
     """
 
     manifest: str
@@ -168,8 +168,8 @@ class SpeechStage(Stage):
         self.weights = {"text": loss.text_weight, "state": loss.state_weight, "speech": loss.speech_weight}
         self.weights |= {"ctc": loss.ctc_weight, "text_ctc": loss.text_ctc_weight}
         self.train = self._fitting(read_manifest(options.manifest, "train"))
-        self.valid = read_manifest(options.manifest, "valid") if options.num_eval else []
         self._check_families()
+        self.valid = self._held_out() if options.num_eval else []
         self.words = sorted({word for c in self.train for word in c.answer.text.split()})
         names = sorted(options.tasks)  # their order in the file means nothing
         shares = np.array([options.tasks[n] for n in names], dtype=float)
@@ -200,6 +200,11 @@ class SpeechStage(Stage):
         if self.options.output_blocks:
             spell(model, processor.text_tokenizer)
         return model, processor, loaded if self.options.distill_guidance is not None else None
+
+    def _held_out(self) -> list[Conversation]:
+        """The validation split, of the families that are trained; all of it where it has none of them."""
+        found = read_manifest(self.options.manifest, "valid")
+        return [c for c in found if self.options.families.get(c.family, 0.0) > 0] or found
 
     def _check_families(self) -> None:
         """ValueError where `families` names what the manifest's training split does not have."""
