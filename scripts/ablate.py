@@ -457,7 +457,10 @@ def judge_grid(grid: Grid, num_workers: int, only_plan: bool, only_report: bool)
 
 
 def train_grid(grid: Grid, only_plan: bool, calibration_steps: int | None) -> tuple[int, int]:
-    """Plan a grid, and train it; returns 1 if a run failed, 2 if nothing may be trained; and runs others still train."""
+    """Plan a grid, and train it.
+
+    Returns 1 if a run failed, 2 if nothing may be trained; and how many runs other processes still train.
+    """
     if calibration_steps is not None and calibration_steps != 0 and calibration_steps < 3:
         raise ValueError(f"--calibrate is {calibration_steps}; give at least 3 steps, or 0")
     cells, problems, warnings = check(grid)

@@ -5,7 +5,8 @@
 
 Exit status 0 if what was to be shown holds: every interruption stops the sound within 100 ms of when the detector can
 know of it, no stale chunk comes, nothing is left behind; a step of the last minute costs within 5 % of the first
-minute's, and memory grows by less than 1 % in between. 1 if not, 2 for bad input.
+minute's, and memory grows by less than 1 % in between. 1 if not, 2 for bad input. What has been measured is written to
+--out as it comes, so that a run that is ended early leaves it behind.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,9 +35,10 @@ if TYPE_CHECKING:
     from .barge_in import Found
 
 QUESTIONS = Path(__file__).parent.parent / "inference" / "demo_data" / "questions" / "test"
-NUM_ROUNDS = 5
+ROUND = 100  # interruptions
 MAX_STOP_MS, MAX_STEP_GROWTH, MAX_MEMORY_GROWTH = 100.0, 0.05, 0.01
 MAX_LEAK = 0.05
+Keep = Callable[[dict[str, Any]], None]  # is given everything measured so far
 WATCHED = {
     "memory_bytes": "process_resident_memory_bytes",
     "open_files": "process_open_fds",
@@ -63,19 +65,29 @@ def server_state(url: str, api_key: str | None) -> dict[str, float]:
     return {name: told[metric] for name, metric in WATCHED.items() if metric in told}
 
 
-def interrupt(url: str, wavs: Sequence[np.ndarray], options: argparse.Namespace) -> dict[str, Any]:
+def interrupt(url: str, wavs: Sequence[np.ndarray], options: argparse.Namespace, keep: Keep) -> dict[str, Any]:
     """The interruptions in rounds, each with sessions of its own; the server's state after each."""
     from .barge_in import Found, barge_in
 
     found, states = Found(), []
-    for turn in range(NUM_ROUNDS):
-        number = options.num // NUM_ROUNDS + (turn < options.num % NUM_ROUNDS)
+    num_rounds = max(2, round(options.num / ROUND))
+    for turn in range(num_rounds):
+        number = options.num // num_rounds + (turn < options.num % num_rounds)
         if number:
             sessions = min(options.sessions, number)
             talks = barge_in(url, wavs, number, sessions, options.within_sec, options.seed + turn, options.api_key)
             found.add(asyncio.run(talks))
             states.append(server_state(url, options.api_key))
-    return interruptions(found, states) | {"sessions": options.sessions}
+            measured = interruptions(found, states) | {"sessions": options.sessions}
+            keep(measured)
+            stopped = measured["stop_ms"] or {"p95": float("nan"), "max": float("nan")}
+            print(
+                f"{len(found.barge_ins)} of {options.num}: stopped within {stopped['p95']:.0f} ms (p95), "
+                f"{stopped['max']:.0f} ms at most; {found.stale} stale chunks, {len(found.errors)} errors, "
+                f"{states[-1]['memory_bytes'] / 1e6:.1f} MB",
+                flush=True,
+            )
+    return measured
 
 
 def interruptions(found: Found, states: Sequence[dict[str, float]]) -> dict[str, Any]:
@@ -107,6 +119,7 @@ def stops_at_once(found: dict[str, Any]) -> bool:
     return (
         clean
         and not last["cache_positions"]
+        and found["stop_ms"] is not None
         and found["stop_ms"]["max"] <= MAX_STOP_MS
         and not found["stale_chunks"]
         and not found["errors"]
@@ -237,7 +250,7 @@ def draw(minutes: Sequence[Minute], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def hour(options: argparse.Namespace) -> dict[str, Any]:
+def hour(options: argparse.Namespace, keep: Keep) -> dict[str, Any]:
     """Talk for `options.minutes`.
 
     Raises:
@@ -260,7 +273,9 @@ def hour(options: argparse.Namespace) -> dict[str, Any]:
         costs = f"{each.step_ms:>9.2f}{each.step_cpu_ms:>7.2f}{each.prefill_ms:>7.1f}{each.listen_ms:>8.1f}"
         sizes = f"{each.memory_mb:>8.1f}{each.cache_positions:>8}"
         print(f"{each.number + 1:>6}{each.turns:>7}{each.steps:>7}{costs}{sizes}", flush=True)
-    return {"minutes": [asdict(each) for each in minutes], "growth": growth(minutes)}
+        found = {"minutes": [asdict(each) for each in minutes], "growth": growth(minutes)}
+        keep(found)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------ command
@@ -306,8 +321,13 @@ def soak(options: argparse.Namespace) -> int:
     """
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
+
+    def keep(found: dict[str, Any]) -> None:
+        if options.out:
+            (options.out / f"{options.kind}.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
     if options.kind == "hour":
-        found = hour(options)
+        found = hour(options, keep)
         held = stays_as_it_was(found["growth"])
         print("last minute against the first: " + ", ".join(f"{k} {v:+.1%}" for k, v in found["growth"].items()))
         if options.out:
@@ -316,11 +336,9 @@ def soak(options: argparse.Namespace) -> int:
         wavs = [read_question(path)[: round(24_000 * options.speak_sec)] for path in options.questions]
         with contextlib.ExitStack() as stack:
             url = options.url or stack.enter_context(own_server(options.model, options.sessions))
-            found = interrupt(url, wavs, options)
+            found = interrupt(url, wavs, options, keep)
         held = stops_at_once(found)
         print(json.dumps(found, indent=2))
-    if options.out:
-        (options.out / f"{options.kind}.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return int(not held)
 
 

@@ -62,6 +62,7 @@ def test_what_a_failure_of_interruptions_is() -> None:
     for bad in (
         {"stale_chunks": 1},
         {"stop_ms": {"max": 101.0}},
+        {"stop_ms": None},
         {"errors": {"turn_failed": 1}},
         {"memory_growth": 0.06},
         {"server": [state, state | {"sessions": 1.0}]},
