@@ -242,7 +242,7 @@ def test_a_failed_cell_is_reported_and_the_others_go_on(tmp_path: Path, capsys: 
 
 
 def test_a_run_is_not_trained_twice_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A second process leaves what a first one trains, and what is copied from that; it trains the rest, and judges nothing."""
+    """A second process leaves what a first one trains, and what is copied from that; it trains the rest."""
     cells = {"taken": {}, "cooler": {"sampling": {"temperature": 0.5}}, "free": {"set": {"max_steps": 2}}}
     file = text_grid(tmp_path, cells)
     grid = read_grid(file)
