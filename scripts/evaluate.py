@@ -14,7 +14,9 @@ one file, nothing outside it). What is measured, each with a 95 % bootstrap inte
     DNSMOS      predicted mean opinion score (overall) of the answer, of the reference, and their difference
     speech/s    seconds of speech per second of computing, at the batch size in use
 
-Two recognisers: a loop over the words of the corpus's answers, and open vocabulary.
+Two recognisers: a loop over the words of the corpus's answers, and open vocabulary. With --text-only nothing is spoken,
+which is soon done for every question of a corpus: text and digits alone are measured, of answers that do not hear
+themselves speak.
 """
 
 from __future__ import annotations
@@ -74,13 +76,18 @@ TABLES: dict[str, list[tuple[str, str, float, int]]] = {
 
 @dataclass(frozen=True)
 class Scored:
-    """One question, what the model answered, and what was heard in the answer and in the reference recording."""
+    """One question, what the model answered, and what was heard in the answer and in the reference recording.
+
+    Attributes:
+        compute_sec: of its batch, divided by the batch's rows.
+        heard, reference: None where nothing was spoken.
+    """
 
     item: Conversation
     answer: Answer
-    compute_sec: float  # of its batch, divided by the batch's rows
-    heard: Heard
-    reference: Heard
+    compute_sec: float
+    heard: Heard | None = None
+    reference: Heard | None = None
 
 
 # ------------------------------------------------------------------------------------------------- choosing, answering
@@ -104,7 +111,12 @@ def choose(items: Sequence[Conversation], num_per_group: int | None) -> list[Con
 
 
 def answer_all(
-    omni: FlowOmni, items: Sequence[Conversation], batch_size: int, seed: int, sampling: dict[str, Any]
+    omni: FlowOmni,
+    items: Sequence[Conversation],
+    batch_size: int,
+    seed: int,
+    sampling: dict[str, Any],
+    speak: bool = True,
 ) -> tuple[list[Answer], list[float]]:
     """The model's answers, and the seconds each took: its batch's, divided by the rows."""
     from flowomni.api import Question
@@ -119,7 +131,7 @@ def answer_all(
                 for i in batch
             ]
             began = time.perf_counter()
-            answers += omni.answers(questions, batch_size=batch_size, seed=seed, sampling=sampling)
+            answers += omni.answers(questions, speak=speak, batch_size=batch_size, seed=seed, sampling=sampling)
             seconds += [(time.perf_counter() - began) / len(batch)] * len(batch)
             progress.update(len(batch))
     return answers, seconds
@@ -162,7 +174,7 @@ def reference_path(item: Conversation) -> Recording:
 
 
 def measure(rows: Sequence[Scored], seed: int = 0) -> dict[str, Interval]:
-    """Every metric of some questions. A metric without a question (digits elsewhere) has `num` 0."""
+    """Every metric of questions, all spoken or none. A metric without a question (digits elsewhere) has `num` 0."""
     right = [row.item.answer.text for row in rows]
     own = [row.answer.text for row in rows]
     digits = [row for row in rows if row.item.family == "digits"]
@@ -173,12 +185,15 @@ def measure(rows: Sequence[Scored], seed: int = 0) -> dict[str, Interval]:
             seed=seed,
         ),
     }
+    spoken = [(row.heard, row.reference) for row in rows if row.heard and row.reference]
+    if not spoken:
+        return found
     for name in ("loop", "open"):
-        heard = [getattr(row.heard, name) for row in rows]
+        heard = [getattr(answer, name) for answer, _ in spoken]
         errors = {
             "own": word_error_rate(own, heard),
             "right": word_error_rate(right, heard),
-            "floor": word_error_rate(right, [getattr(row.reference, name) for row in rows]),
+            "floor": word_error_rate(right, [getattr(reference, name) for _, reference in spoken]),
         }
         for key, each in errors.items():
             found[f"wer_{key}_{name}"] = bootstrap_interval(each.errors_N, each.words_N, seed=seed)
@@ -186,11 +201,11 @@ def measure(rows: Sequence[Scored], seed: int = 0) -> dict[str, Interval]:
         found[f"wer_excess_{name}"] = bootstrap_interval(
             errors["own"].errors_N, errors["own"].words_N, minus=floor, seed=seed
         )
-    answered = _floats(row.heard.quality.overall for row in rows)
-    reference = _floats(row.reference.quality.overall for row in rows)
-    found["dnsmos_answer"] = bootstrap_interval(answered, seed=seed)
-    found["dnsmos_reference"] = bootstrap_interval(reference, seed=seed)
-    found["dnsmos_difference"] = bootstrap_interval(answered - reference, seed=seed)
+    answered_N = _floats(answer.quality.overall for answer, _ in spoken)
+    reference_N = _floats(reference.quality.overall for _, reference in spoken)
+    found["dnsmos_answer"] = bootstrap_interval(answered_N, seed=seed)
+    found["dnsmos_reference"] = bootstrap_interval(reference_N, seed=seed)
+    found["dnsmos_difference"] = bootstrap_interval(answered_N - reference_N, seed=seed)
     found["speech_per_sec"] = bootstrap_interval(
         _floats(row.answer.answer_sec for row in rows), _floats(row.compute_sec for row in rows), seed=seed
     )
@@ -227,10 +242,17 @@ def cells(metrics: dict[str, Interval], columns: Sequence[tuple[str, str, float,
     return found
 
 
+def tables_of(summary: dict[str, dict[str, Interval]]) -> dict[str, list[tuple[str, str, float, int]]]:
+    """`TABLES`, of what was measured."""
+    measured = summary["all"]
+    found = {title: [column for column in columns if column[0] in measured] for title, columns in TABLES.items()}
+    return {title: columns for title, columns in found.items() if columns}
+
+
 def print_tables(summary: dict[str, dict[str, Interval]]) -> None:
     """The tables as text. `n` is the number of questions."""
     width = max(map(len, summary))
-    for title, columns in TABLES.items():
+    for title, columns in tables_of(summary).items():
         print(f"\n{title}\n{'':{width}} {'n':>5}" + "".join(f"{heading:>24}" for _, heading, _, _ in columns))
         for name, metrics in summary.items():
             row = "".join(f"{cell:>24}" for cell in cells(metrics, columns))
@@ -253,8 +275,11 @@ def results(summary: dict[str, dict[str, Interval]], rows: Sequence[Scored], run
                 "question": row.item.question.text,
                 "right_answer": row.item.answer.text,
                 "text": row.answer.text,
-                "heard": dataclasses.asdict(row.heard),
-                "reference": dataclasses.asdict(row.reference),
+                **{
+                    name: dataclasses.asdict(each)
+                    for name, each in (("heard", row.heard), ("reference", row.reference))
+                    if each is not None
+                },
                 "answer_sec": row.answer.answer_sec,
                 "first_audio_ms": row.answer.first_audio_ms,
                 "compute_sec": row.compute_sec,
@@ -283,6 +308,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--manifest", default="data/talk/manifest.jsonl", help="corpus (default: %(default)s)")
     parser.add_argument("--split", default="test", help="default: %(default)s")
     parser.add_argument("--num-per-group", type=int, help="questions of each family and voice group (default: all)")
+    parser.add_argument("--text-only", action="store_true", help="nothing is spoken: text alone, soon done")
     parser.add_argument("--out", default="runs/evaluation", help="folder for the results (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="questions answered at once (default: %(default)s)")
     parser.add_argument("--num-workers", type=int, default=2, help="processes that listen (default: %(default)s)")
@@ -320,8 +346,12 @@ def evaluate(options: argparse.Namespace) -> None:
     names = ("num_steps", "solver", "temperature", "guidance")
     sampling = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     omni = FlowOmni.from_pretrained(options.model, device=options.device, int8=options.int8)
-    answers, seconds = answer_all(omni, items, options.batch_size, options.seed, sampling)
-    rows = score(items, answers, seconds, partial(listen, words=words, num_workers=options.num_workers))
+    speak = not options.text_only
+    answers, seconds = answer_all(omni, items, options.batch_size, options.seed, sampling, speak)
+    if speak:
+        rows = score(items, answers, seconds, partial(listen, words=words, num_workers=options.num_workers))
+    else:
+        rows = [Scored(*each) for each in zip(items, answers, seconds, strict=True)]
     summary = summarise(rows)
     print_tables(summary)
     run = {
@@ -334,9 +364,13 @@ def evaluate(options: argparse.Namespace) -> None:
         "int8": options.int8,
         "seed": options.seed,
         "sampling": sampling,
+        "text_only": options.text_only,
     }
     # allow_nan: a number that is none would make the file unreadable for anything but Python.
     write_text(out / "results.json", json.dumps(results(summary, rows, run), indent=1, allow_nan=False) + "\n")
+    if not speak:
+        print(f"\nwrote {out / 'results.json'}")
+        return
     tables = {
         title: (
             ["", "n", *(heading for _, heading, _, _ in columns)],

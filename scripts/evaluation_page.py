@@ -21,6 +21,7 @@ import soundfile
 from training.recordings import read_recording
 
 if TYPE_CHECKING:
+    from flowomni.evaluation import Heard
     from scripts.evaluate import Scored
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # headings, rows
@@ -110,16 +111,17 @@ def _listen(row: Scored) -> str:
         f"{html.escape(item.family)}<br><small>{html.escape(item.voice_group)}</small>",
         f"{player(question, QUESTION_RATE_HZ)}<br>{html.escape(item.question.text) or '<i>no words</i>'}",
         f"{player(answer.wav_S, answer.sample_rate_hz)}<br><span{wrong}>{html.escape(answer.text)}</span>"
-        + _heard(row.heard.loop, row.heard.open, row.heard.quality.overall),
-        f"{player(reference_S, REFERENCE_RATE_HZ)}<br>{html.escape(item.answer.text)}"
-        + _heard(row.reference.loop, row.reference.open, row.reference.quality.overall),
+        + _heard(row.heard),
+        f"{player(reference_S, REFERENCE_RATE_HZ)}<br>{html.escape(item.answer.text)}" + _heard(row.reference),
     ]
     return "<tr>" + "".join(f"<td>{column}</td>" for column in columns) + "</tr>"
 
 
-def _heard(loop: str, open_: str, overall: float) -> str:
-    lines = f"heard (loop): {html.escape(loop)}<br>heard (open): {html.escape(open_)}<br>DNSMOS {overall:.2f}"
-    return f"<br><small>{lines}</small>"
+def _heard(heard: Heard | None) -> str:
+    if heard is None:
+        return ""
+    lines = [f"heard ({name}): {html.escape(getattr(heard, name))}" for name in ("loop", "open")]
+    return f"<br><small>{'<br>'.join(lines)}<br>DNSMOS {heard.quality.overall:.2f}</small>"
 
 
 def player(wav_S: np.ndarray | None, sample_rate_hz: int) -> str:

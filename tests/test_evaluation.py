@@ -241,8 +241,9 @@ class Parrot:
         self.says = says
 
     def answers(
-        self, questions: Sequence[Question], *, batch_size: int, seed: int, sampling: dict[str, Any]
+        self, questions: Sequence[Question], *, speak: bool, batch_size: int, seed: int, sampling: dict[str, Any]
     ) -> list[Answer]:
+        assert speak
         said = [self.says[question.audio or question.text] for question in questions]
         return [Answer(text, wav_S, RATE_HZ, 0.0, [], [], 100.0, 1.0) for text, wav_S in said]
 
@@ -393,6 +394,12 @@ def test_command_evaluates_a_model(
     assert found["groups"]["all"]["speech_per_sec"]["value"] > 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["index.html", "results.json"]
     assert "family digits" in capsys.readouterr().out
+
+    assert evaluate.main([*arguments, "--out", str(tmp_path / "text"), "--text-only"]) == 0
+    written = json.loads((tmp_path / "text" / "results.json").read_text())
+    assert set(written["groups"]["all"]) == {"text_accuracy", "digit_accuracy"}
+    assert [each["answer_sec"] for each in written["questions"]] == [0.0]
+    assert "DNSMOS" not in capsys.readouterr().out
 
     for extra, said in ((["--split", "valid"], "--split is valid"), (["--solver", "eulr"], "eulr")):
         assert evaluate.main([*arguments, "--out", str(tmp_path / "bad"), *extra]) == 2
