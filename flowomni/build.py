@@ -15,6 +15,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from .configuration import FlowOmniConfig
 from .encoder import SpeechEncoder
+from .heads.codes import CodeHead
 from .modeling import FlowOmniModel, register
 from .processing import FlowOmniProcessor
 from .strict import nearest
@@ -76,6 +77,10 @@ def assemble(
     if projector is not None:
         _take_projector(model, whole(projector), projector)
     spell(model, text_tokenizer)
+    if isinstance(model.head, CodeHead) and model.head.config.tables_from == "codebooks":
+        vector_KVD = model.speech_tokenizer.code_vectors()
+        if vector_KVD is not None:
+            model.head.tables.start_from(vector_KVD)
     return model, FlowOmniProcessor(config, text_tokenizer, model.speech_tokenizer.spec)
 
 

@@ -21,7 +21,7 @@ from scripts.ablation_scores import SCORES, VOICE_SCORES, Score, excludes_zero
 from scripts.evaluation_page import page, player, table
 from scripts.tokenizer_page import png
 
-MAX_AUDIO_BYTES = 6_000_000
+MAX_AUDIO_BYTES = 3_000_000
 NUM_ROWS = 12  # questions to listen to
 PARTS = (("supported", "What the data support"), ("unsupported", "What they do not"), ("limits", "What limits them"))
 NOTES = {
@@ -30,7 +30,7 @@ NOTES = {
     "After the tokenizer: their tokens decoded. After the head: at each step the token that the head draws, given the "
     "words and the true tokens of the altered recording before it; no error is fed back, and the head, which knows the "
     "words, may make them clearer than they were.",
-    "Training": "Held-out answers of the evaluations during training: few, and of all families.",
+    "Training": "Held-out answers of the evaluations during training: few.",
 }
 STYLE = """<style>body { max-width: 1600px; font-size: 14px; } th, td { padding: .25em .5em; }
 .good { color: #06752a; font-weight: 600; } .bad { color: #b00020; font-weight: 600; }
@@ -40,12 +40,12 @@ img { max-width: 100%; } li { margin: .3em 0; max-width: 62em; } p { max-width: 
 Report = Mapping[str, Any]
 
 
-def report_page(found: Report, judged: Judged, others: Sequence[Report], tried: Mapping[str, Any]) -> str:
+def report_page(found: Report, judged: Judged, others: Sequence[Report], tried: Sequence[Report]) -> str:
     """The whole page.
 
     Args:
         others: reports of other grids upon the same base.
-        tried: tuning grid -> its results.json.
+        tried: reports of tuning grids.
     """
     main = main_condition(found["conditions"])
     parts = [STYLE, f"<h1>Ablation: {html.escape(found['name'])}</h1>", _about(found)]
@@ -241,33 +241,25 @@ def _other(found: Report) -> str:
     return f"<h2>{html.escape(title)}</h2><p>{seeds}</p>{_scores(short, 'conditions', main, keys)}{pictures}"
 
 
-def _tried(tried: Mapping[str, Any]) -> str:
-    """What tuning tried: the last evaluation of each of its runs."""
+def _tried(tried: Sequence[Report]) -> str:
+    """What tuning tried: trainings, and ways to draw from one, with the word errors that they were judged by."""
     rows = []
-    for grid, results in tried.items():
-        for name, cell in results["cells"].items():
-            for seed, run in cell["runs"].items():
-                measured = run.get("eval", {})
-                values = [
-                    f"{100 * measured[k]:.1f}" if k in measured else "-" for k in ("wer_own_text", "wer_right_answer")
-                ]
-                changed = {key.removeprefix("options.parts."): value for key, value in cell["set"].items()}
-                changed.pop("speech_tokenizer", None)
-                rows.append(
-                    [
-                        grid.removeprefix("tune_"),
-                        name,
-                        seed,
-                        run["status"],
-                        f"{run['step']:,}",
-                        *values,
-                        _plain(changed),
-                    ]
-                )
+    for found in tried:
+        main = main_condition(found["conditions"])
+        scores = found["conditions"][main]["cells"] if main else {}
+        for name, cell in found["cells"].items():
+            score = scores.get(name, {}).get("wer_own")
+            changed = {key.removeprefix("options.parts."): value for key, value in cell["set"].items()}
+            changed.pop("speech_tokenizer", None)
+            steps = max((run["step"] for run in cell["runs"].values()), default=0)
+            errors = shown(score["value"], SCORES["wer_own"]) if score else "-"
+            tuned = [found["name"].removeprefix("tune_"), name, f"{steps:,}", errors]
+            rows.append([*tuned, _plain(changed), _plain(cell["sampling"])])
     if not rows:
-        return "<h2>What was tried</h2><p>No tuning runs stand beside this grid.</p>"
-    headings = ["", "cell", "seed", "status", "steps", "WER own %", "WER right %", "settings"]
-    return table("What was tried: short runs, a few held-out answers each", headings, rows)
+        return "<h2>What was tried</h2><p>No tuning grids were judged beside this one.</p>"
+    headings = ["", "cell", "steps", "WER own %", "settings", "sampling"]
+    split = tried[0]["judge"]["split"]
+    return table(f"What was tried: short runs, judged on held-out questions ({split})", headings, rows)
 
 
 def _picture(drawn: bytes) -> str:
@@ -322,14 +314,16 @@ def _heard(kept: tuple[Path, Mapping[str, Any]] | None) -> str:
 # --------------------------------------------------------------------------------------------------------- other grids
 
 
-def beside(folder: Path, base: str) -> tuple[list[Report], dict[str, Any]]:
-    """Reports of other grids upon the same base in the same place, and the results of tuning."""
-    others, tried = [], {}
-    for other in sorted(path for path in folder.parent.glob("*/") if path.resolve() != folder.resolve()):
-        report, results = other / "report.json", other / "results.json"
-        if other.name.startswith("tune_") and results.is_file():
-            tried[other.name] = json.loads(results.read_text(encoding="utf-8"))
-        elif report.is_file():
-            values = json.loads(report.read_text(encoding="utf-8"))
-            others += [values] if values.get("base") == base else []
+def beside(folder: Path, base: str) -> tuple[list[Report], list[Report]]:
+    """Reports of other grids upon the same base in the same place, and those of tuning."""
+    others: list[Report] = []
+    tried: list[Report] = []
+    for file in sorted(folder.parent.glob("*/report.json")):
+        if file.parent.resolve() == folder.resolve():
+            continue
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if file.parent.name.startswith("tune_"):
+            tried.append(values)
+        elif values.get("base") == base:
+            others.append(values)
     return others, tried

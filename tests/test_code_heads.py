@@ -204,6 +204,7 @@ def test_perturb_replaces_and_drops_up_to_its_shares() -> None:
         ("delay", 2, {"feedback_replace": 1.0}, r"feedback_replace is 1.0; it must be in \[0, 1\)"),
         ("delay", 2, {"feedback_drop": -0.1}, "feedback_drop is -0.1"),
         ("delay", 2, {"code_dim": 0}, "code_dim is 0"),
+        ("delay", 2, {"tables_from": "codebook"}, "tables_from is 'codebook'; it must be 'codebooks' or 'random'"),
         ("delay", 2, {"sampling": {"top_q": 1}}, "sampling.top_q: unknown key; did you mean 'top_p'"),
         ("depth", 2, {"num_heads": 3, "width": 16}, "num_heads is 3, but width is 16"),
     ],
@@ -237,6 +238,34 @@ def layout_of(parts: dict[str, str], kind: str) -> TurnLayout:
     config = LayoutConfig(speech_delay_tokens=1, instructions=INSTRUCTIONS)
     delay_K = part_delays({"kind": kind}, spec())
     return TurnLayout(config, tokenizer, tokenizer.eos_token_id, 1, torch.full((NUM_LEVELS,), NONE), delay_K)
+
+
+def test_tables_start_from_the_codebooks(parts: dict[str, str]) -> None:
+    """Codes that are near each other in the tokenizer are so in the head; finer levels are read as less."""
+
+    def made(**head: Any) -> FlowOmniModel:
+        layout = {"speech_delay_tokens": 1, "instructions": INSTRUCTIONS}
+        return assemble(**parts, head={"kind": "delay", **SMALL, **head}, output_blocks={}, layout=layout)[0]
+
+    model = made()
+    vector_KVD, tables = model.speech_tokenizer.code_vectors(), model.head.tables
+    code_BLK = codes(1, 5, NUM_LEVELS)
+    summed_LD = sum(vector_KVD[level, code_BLK[0, :, level]] for level in range(NUM_LEVELS))
+    rest_LD = model.speech_tokenizer.raw_latent(code_BLK)[0] - summed_LD
+    torch.testing.assert_close(rest_LD, rest_LD[:1].expand_as(rest_LD), rtol=0, atol=1e-5)
+
+    apart_KVV = torch.cdist(vector_KVD, vector_KVD).double()
+    read_KVV, write_KVV = (torch.cdist(t, t).double() for t in (tables.read_KVE, tables.write_KVE))
+    factor = read_KVV.sum() / apart_KVV.sum()
+    torch.testing.assert_close(read_KVV, factor * apart_KVV, rtol=1e-4, atol=1e-4)
+    factor_K11 = write_KVV.sum(dim=(1, 2), keepdim=True) / apart_KVV.sum(dim=(1, 2), keepdim=True)
+    torch.testing.assert_close(write_KVV, factor_K11 * apart_KVV, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tables.write_KVE.square().sum(-1).mean(1), torch.ones(NUM_LEVELS))
+
+    narrow_NE = made(code_dim=4).head.tables.read_KVE.flatten(0, 1)  # the directions in which codes differ most
+    expected_E, found_E = torch.linalg.svdvals(vector_KVD.flatten(0, 1))[:4], torch.linalg.svdvals(narrow_NE)
+    torch.testing.assert_close(found_E / found_E[0], expected_E / expected_E[0], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(made(tables_from="random").head.tables.read_KVE, tables.read_KVE)
 
 
 def test_delayed_levels_stand_at_later_steps(parts: dict[str, str]) -> None:

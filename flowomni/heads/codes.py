@@ -70,6 +70,8 @@ class CodesConfig:
         feedback_replace, feedback_drop: in training, the largest share of fed-back codes that are replaced by random
             ones, and of fed-back tokens that are left out; each row's shares are uniform up to these.
         condition_dropout: share of batch rows trained without their hidden state, for guidance.
+        tables_from: what a new head's tables start from: "codebooks", the tokenizer's own where it tells them, so that
+            codes that sound alike are alike from the first step, or "random".
         sampling: a trained head's best `CodeSampling`, kept with it; None takes the default.
     """
 
@@ -81,6 +83,7 @@ class CodesConfig:
     feedback_replace: float = 0.0
     feedback_drop: float = 0.0
     condition_dropout: float = 0.1
+    tables_from: str = "codebooks"
     sampling: dict[str, Any] | None = None
 
     own_kind: ClassVar[str]
@@ -98,6 +101,8 @@ class CodesConfig:
         for name in ("feedback_replace", "feedback_drop", "condition_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+        if self.tables_from not in ("codebooks", "random"):
+            raise ValueError(f"tables_from is {self.tables_from!r}; it must be 'codebooks' or 'random'")
         strict(CodeSampling, self.sampling, "sampling")
 
 
@@ -141,6 +146,25 @@ class CodeTables(nn.Module):
         super().__init__()
         self.read_KVE = nn.Parameter(torch.randn(num_levels, codebook_size, width))
         self.write_KVE = nn.Parameter(torch.randn(num_levels, codebook_size, width) / math.sqrt(width))
+
+    @torch.no_grad()
+    def start_from(self, vector_KVD: Tensor) -> None:
+        """Take over the geometry of codebooks: their main E directions, or all, with zeros beyond D.
+
+        Codes are read at the codebooks' own scale, in units of the first level's deviation, so that a level that
+        refines little says little; they are written with each level at the scale of a random table.
+        """
+        vector_KVD = vector_KVD.double()
+        num_kept = min(self.read_KVE.shape[-1], vector_KVD.shape[-1])
+        direction_DD = torch.linalg.svd(vector_KVD.flatten(0, 1), full_matrices=False).Vh
+        kept_KVE = vector_KVD @ direction_DD[:num_kept].T
+        scale_K11 = kept_KVE.square().mean(dim=(1, 2), keepdim=True).sqrt().clamp(min=1e-6)
+        width = self.read_KVE.shape[-1]
+        for table_KVE, value_KVE in (
+            (self.read_KVE, kept_KVE / scale_K11[:1]),
+            (self.write_KVE, kept_KVE / scale_K11 / math.sqrt(num_kept)),
+        ):
+            table_KVE.copy_(F.pad(value_KVE, (0, width - num_kept)))
 
     def read(self, code_K: Tensor, first: int = 0) -> Tensor:
         """Codes `[.., K]` of the levels from `first` on -> `[.., K, E]`, float32; zeros where a code is NONE."""

@@ -340,6 +340,17 @@ class MelTokenizer(SpeechTokenizer):
             return unpatchify(latent_BLD, self.frames_per_token)
         return self.decoder.step(latent_BLD, self.decoder.init_state(latent_BLD.shape[0]))[0]
 
+    @torch.no_grad()
+    def code_vectors(self) -> Tensor | None:
+        if not isinstance(self.bottleneck, Quantiser):
+            return None
+        num_codebooks, codebook_size = self.autoencoder_config.codebooks
+        code_KVK = torch.zeros(num_codebooks, codebook_size, num_codebooks, dtype=torch.int64, device=self.device)
+        for level in range(num_codebooks):  # the other levels' codes stay at 0, and so add the same to all
+            code_KVK[level, :, level] = torch.arange(codebook_size)
+        vector_KVD = self.bottleneck.lookup(code_KVK)
+        return vector_KVD - vector_KVD.mean(dim=1, keepdim=True)
+
     def perturb(self, latent_BLD: Tensor, scale_B: Tensor, generator: torch.Generator) -> Tensor:
         """What `encode_mel` gives, with noise of `scale` times each dimension's deviation: a head errs a little too.
 

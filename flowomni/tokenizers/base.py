@@ -110,6 +110,13 @@ class SpeechTokenizer(PreTrainedModel):
         chunk_BS, state = self.step(token_BLX, self.init_state(token_BLX.shape[0]))
         return torch.cat([chunk_BS, self.flush(state)], dim=1)
 
+    def code_vectors(self) -> Tensor | None:
+        """What each code adds to what is decoded [K, V, D], of codes whose parts add up; else None.
+
+        Their geometry says which codes sound alike: heads for codes start from it.
+        """
+        return None
+
     def init_state(self, batch_size: int) -> Any:
         """State before the first token."""
         raise NotImplementedError
