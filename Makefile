@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TRAIN := $(BIN)/accelerate launch -m training.train --config configs/tiny
+TINY ?= flowomni/models/flowomni-tiny
 
 .PHONY: setup demo test lint tiny clean
 
@@ -32,18 +33,20 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Do the nine stages fit together? A few steps of each, in minutes:
+#   make tiny TINY=runs/rehearsal CORPUS_ARGS='--num-pairs 300' TRAIN_ARGS='--max_steps 3 --compile false'
 tiny: .venv/.base  ## the model in the box, retrained from nothing
-	$(BIN)/python -m scripts.make_talk_corpus --out data/talk
-	$(TRAIN)/vocoder.yaml
-	$(TRAIN)/tokenizer.yaml
-	$(TRAIN)/vocoder_tuned.yaml
-	$(TRAIN)/text.yaml
-	$(TRAIN)/hearing.yaml
-	$(TRAIN)/align.yaml
-	$(TRAIN)/listen.yaml
-	$(TRAIN)/voice.yaml
-	$(TRAIN)/speech.yaml
-	$(BIN)/python -m scripts.pack_model runs/tiny/speech/final flowomni/models/flowomni-tiny \
+	$(BIN)/python -m scripts.make_talk_corpus --out data/talk $(CORPUS_ARGS)
+	$(TRAIN)/vocoder.yaml $(TRAIN_ARGS)
+	$(TRAIN)/tokenizer.yaml $(TRAIN_ARGS)
+	$(TRAIN)/vocoder_tuned.yaml $(TRAIN_ARGS)
+	$(TRAIN)/text.yaml $(TRAIN_ARGS)
+	$(TRAIN)/hearing.yaml $(TRAIN_ARGS)
+	$(TRAIN)/align.yaml $(TRAIN_ARGS)
+	$(TRAIN)/listen.yaml $(TRAIN_ARGS)
+	$(TRAIN)/voice.yaml $(TRAIN_ARGS)
+	$(TRAIN)/speech.yaml $(TRAIN_ARGS)
+	$(BIN)/python -m scripts.pack_model runs/tiny/speech/final $(TINY) \
 		--sampling '{"solver": "euler", "num_steps": 16, "temperature": 0.6, "guidance": 2.5}'
 
 clean:
