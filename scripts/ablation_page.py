@@ -21,7 +21,7 @@ from scripts.ablation_scores import SCORES, VOICE_SCORES, Score, excludes_zero
 from scripts.evaluation_page import page, player, table
 from scripts.tokenizer_page import png
 
-MAX_AUDIO_BYTES = 3_000_000
+MAX_AUDIO_BYTES = 1_500_000
 NUM_ROWS = 12  # questions to listen to
 PARTS = (("supported", "What the data support"), ("unsupported", "What they do not"), ("limits", "What limits them"))
 NOTES = {
