@@ -199,7 +199,7 @@ def _pair(grid: Grid, found: Mapping[str, Any], judged: Judged) -> dict[str, Any
             }
             if both["difference"].num:
                 of[name][score] = {kind: dataclasses.asdict(each) if each.num else None for kind, each in both.items()}
-    seeds = sorted(set(grid.cell(first).seeds) & set(grid.cell(second).seeds))
+    seeds = sorted(set(judged.rows[first].get(main, {})) & set(judged.rows[second].get(main, {})))
     return {"cells": [first, second], "how": how, "seeds": seeds, "conditions": of}
 
 
