@@ -19,28 +19,26 @@ say what came of it (`scripts.ablation_report`). What is judged is kept, so that
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 import yaml
 
-from scripts.ablation_files import JUDGED
+from scripts.ablation_files import JUDGED, LOCK_FILE, is_trained_elsewhere, locked
 from scripts.ablation_grid import CELL_FILE, Cell, Checked, Grid, check, read_grid
 
 OUTPUT_FILE, CALIBRATION_FILE, RESULTS_FILE = "train.out", "calibration.json", "results.json"
 REPORT_FILE, REPORT_PAGE = "report.json", "report.html"
 CALIBRATION_STEPS = 12
-LOCK_FILE = ".lock"
 NOT_COPIED = ("checkpoints", JUDGED, LOCK_FILE)  # of a run, for a cell with other sampling
 NUM_LAST_LINES = 8
 BUDGETS = {"steps": "step", "tokens": "num_tokens", "wall time": "train_sec"}
@@ -191,7 +189,7 @@ def launch(grid: Grid, content: dict[str, Any], folder: Path, seed: int) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "accelerate.commands.launch", *grid.launch]
     command += ["-m", "training.train", "--config", str(folder / CELL_FILE)]
-    with _locked(folder) as lock, (folder / OUTPUT_FILE).open("a") as output:
+    with locked(folder) as lock, (folder / OUTPUT_FILE).open("a") as output:
         if lock is None:
             return f"{folder} is being trained by another process: wait for it, or end it"
         config = {**content, "output_dir": str(folder), "seed": seed}
@@ -221,26 +219,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
             return
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[TextIO | None]:
-    """An exclusive lock on a run's folder; None where another process has it."""
-    with (folder / LOCK_FILE).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield None
-        else:
-            yield lock
-
-
-def is_trained_elsewhere(folder: Path) -> bool:
-    """Whether another process trains in a run's folder."""
-    if not (folder / LOCK_FILE).exists():
-        return False
-    with _locked(folder) as lock:
-        return lock is None
 
 
 def run_grid(grid: Grid, cells: Sequence[Checked]) -> list[Run]:

@@ -1,19 +1,41 @@
-"""What the judge keeps of a run, in the folder `judged` beside its model."""
+"""What stands in a run's folder beside its training: its lock, and in `judged` what the judge keeps."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import soundfile
 
 from scripts.evaluate import write_text
 
-JUDGED = "judged"
+JUDGED, LOCK_FILE = "judged", ".lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[TextIO | None]:
+    """An exclusive lock on a run's folder; None where another process has it."""
+    with (folder / LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield None
+        else:
+            yield lock
+
+
+def is_trained_elsewhere(folder: Path) -> bool:
+    """Whether another process trains in a run's folder."""
+    if not (folder / LOCK_FILE).exists():
+        return False
+    with locked(folder) as lock:
+        return lock is None
 
 
 def slug(name: str) -> str:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowomni.commands import Parser, exit_status
+from scripts.evaluate import write_text
 from scripts.load_test import own_server, read_question, spread
 
 if TYPE_CHECKING:
@@ -324,7 +325,7 @@ def soak(options: argparse.Namespace) -> int:
 
     def keep(found: dict[str, Any]) -> None:
         if options.out:
-            (options.out / f"{options.kind}.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            write_text(options.out / f"{options.kind}.json", json.dumps(found, indent=2) + "\n")
 
     if options.kind == "hour":
         found = hour(options, keep)

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from flowomni.api import FlowOmni, Question
 from flowomni.build import load_model, save_model
 from flowomni.layouts import Turn
-from flowomni.streams import NONE, Streams, collate
+from flowomni.streams import Streams, collate
 from tests.launched import PowerCut, cut_off
 from tests.tiny import ENCODER, INSTRUCTIONS, LLM, save_tiny_parts, tiny_model
 from training.checkpoint import Checkpoints
@@ -221,22 +221,6 @@ def in_families(options: SpeechOptions, shares: dict[str, float]) -> SpeechOptio
         line["family"] = "common" if index else "rare"
     manifest.write_text("\n".join(json.dumps(line) for line in lines))
     return dataclasses.replace(options, families=shares, tasks={"text_to_text": 1.0}, batch_size=2)
-
-
-def test_own_text_withholds_the_question(speech_options: SpeechOptions) -> None:
-    """The same speech is taught as for a typed question, beside the same text, which is no target."""
-    stage = SpeechStage(speech_options, 0)
-    said = next(item for item in stage.train if item.answer.audio is not None and item.question.text)
-    alone, asked = stage._example(said, "own_text", None), stage._example(said, "text_to_speech", None)
-    assert alone.mask_BL.shape[1] < asked.mask_BL.shape[1] and not alone.heard_BL.any()
-    assert not alone.text_loss_BL.any() and asked.text_loss_BL.any()
-    tail = -int(asked.state_BL.shape[1] - (asked.state_BL[0] != NONE).nonzero()[0])  # the answer's first step
-    for name in ("text_BL", "state_BL", "speech_BLX", "state_loss_BL", "speech_loss_BL"):
-        first, second = getattr(alone, name)[:, tail:], getattr(asked, name)[:, tail:]
-        assert torch.equal(first.nan_to_num(99.0), second.nan_to_num(99.0))
-    assert alone.speech_loss_BL.any()
-    silent = dataclasses.replace(said, turns=(said.turns[0], dataclasses.replace(said.turns[1], audio=None)))
-    assert stage._possible(silent, "own_text") == "text_to_text"
 
 
 def test_families_take_their_shares(speech_options: SpeechOptions) -> None:

@@ -48,8 +48,6 @@ TASKS = {
     "text_to_text": ("text", "text", "answer"),
     "transcribe": ("audio", "text", "transcribe"),
     "speak": ("text", "speech", "speak"),
-    # the question is withheld and the text is no target, so that speech can only follow the text beside it
-    "own_text": ("nothing", "speech", "answer"),
 }
 # what is asked and what is answered, each turn as "text", "audio" (heard) or "speech" (spoken)
 Sides = tuple[list[tuple[Utterance, str]], tuple[Utterance, str]]
@@ -298,7 +296,7 @@ class SpeechStage(Stage):
         if user == "text" and instruction == "answer" and not asked.text:
             user = "audio"  # silence and noise can only be heard
         if assistant == "speech" and said.audio is None:
-            user, assistant = "text" if user == "nothing" else user, "text"
+            assistant = "text"
         return {v: k for k, v in TASKS.items()}[user, assistant, instruction]
 
     def _sides(self, item: Conversation, task: str) -> Sides:
@@ -308,8 +306,6 @@ class SpeechStage(Stage):
             return [(replace(item.answer, role="user"), "text")], (item.answer, "speech")
         if task == "transcribe":
             return [(item.question, "audio")], (replace(item.question, role="assistant"), "text")
-        if task == "own_text":
-            return [(Utterance("user", "", None, 0.0), "text")], (item.answer, "speech")
         context = [(turn, _medium(turn, user if turn.role == "user" else assistant)) for turn in item.context]
         return [*context, (item.question, user)], (item.answer, assistant)
 
@@ -341,8 +337,7 @@ class SpeechStage(Stage):
 
     def _example(self, item: Conversation, task: str, rng: np.random.Generator | None) -> Streams:
         asks, says = self._sides(item, task)
-        found = self.processor.layout.example([self._turn(*side, rng) for side in [*asks, says]], TASKS[task][2])
-        return replace(found, text_loss_BL=torch.zeros_like(found.text_loss_BL)) if task == "own_text" else found
+        return self.processor.layout.example([self._turn(*side, rng) for side in [*asks, says]], TASKS[task][2])
 
     def _turn(self, turn: Utterance, medium: str, rng: np.random.Generator | None) -> Turn:
         if medium == "text" or turn.audio is None:
