@@ -153,15 +153,15 @@ class CompiledSteps:
         mask_R11C[..., length] = 0.0
         torch._dynamo.mark_dynamic(mask_R11C, 3)
         hidden_RH, speech_RH = run(
-            pad(streams.text_BL, (0, 0, 0, num_padded)),
-            pad(streams.state_BL, (0, 0, 0, num_padded)),
-            pad(streams.speech_BLX, (0, 0, 0, 0, 0, num_padded)),
-            pad(streams.generating_BL, (0, 0, 0, num_padded)),
+            _more_rows(streams.text_BL, num_padded),
+            _more_rows(streams.state_BL, num_padded),
+            _more_rows(streams.speech_BLX, num_padded),
+            _more_rows(streams.generating_BL, num_padded),
             [room.keys_RNCW for room in rooms],
             [room.values_RNCW for room in rooms],
             mask_R11C,
             torch.tensor([length], device=self._model.device),
-            pad(state.num_seen_B.unsqueeze(1), (0, 0, 0, num_padded)),
+            _more_rows(state.num_seen_B.unsqueeze(1), num_padded),
         )
         for layer in layers:
             layer.fill(1, num_rows)
@@ -246,6 +246,10 @@ def _marked(room: Room) -> Room:
 # ------------------------------------------------------------------------------------------------ the other parts
 
 
+def _more_rows(x: Tensor, num_rows: int) -> Tensor:
+    return pad(x, (0, 0) * (x.dim() - 1) + (0, num_rows))
+
+
 class _Replaced:
     """A method of one object, compiled for few rows; the plain one otherwise, and for good if it does not compile.
 
@@ -265,7 +269,7 @@ class _Replaced:
         num_padded = _bucket(num_rows) - num_rows
         arguments = [first, *others]
         if num_padded:
-            arguments = [pad(a, (0, 0, 0, num_padded)) if isinstance(a, Tensor) else a for a in arguments]
+            arguments = [_more_rows(a, num_padded) if isinstance(a, Tensor) else a for a in arguments]
         try:
             found = self._compiled(*arguments)
         except Exception as error:

@@ -183,12 +183,15 @@ def test_a_longer_cache_needs_no_other_graph(models: tuple[FlowOmniModel, FlowOm
 
 @torch.no_grad()
 @pytest.mark.parametrize("sampling", [FlowSampling(num_steps=3, guidance=2.0), FlowSampling(solver="map", num_steps=1)])
-def test_a_compiled_head_draws_the_same(models: tuple[FlowOmniModel, FlowOmniModel], sampling: FlowSampling) -> None:
+def test_a_compiled_head_draws_the_same(
+    models: tuple[FlowOmniModel, FlowOmniModel], sampling: FlowSampling, caplog: pytest.LogCaptureFixture
+) -> None:
     hidden_BH = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     plain, compiled = (
         model.head.sample(hidden_BH, sampling, [torch.Generator().manual_seed(n) for n in range(3)]) for model in models
     )
     torch.testing.assert_close(compiled, plain, **TOLERANCE)
+    assert "not compiled" not in caplog.text  # three rows, in the graph of four
 
 
 @torch.no_grad()
