@@ -15,13 +15,14 @@ X one speech token (D latents or K codes).
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -31,6 +32,7 @@ from .modeling import FlowOmniModel, ModelState
 from .streams import NONE, Streams
 
 MAX_FEW_ROWS = 8  # rows up to which a product is a loop over the weights, and for which graphs are made
+_MAX_SOME_ROWS = 63  # up to which `_some_rows_linear` is faster
 _TOLERANCE = 1e-3  # between the fixed-shape step and the plain one, relative
 _log = logging.getLogger(__name__)
 
@@ -46,6 +48,18 @@ def _few_rows_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) 
     rows = input.reshape(-1, input.shape[-1]).unbind(0)
     output = torch.stack([(row * weight).sum(-1) for row in rows]).reshape(*input.shape[:-1], -1)
     return output if bias is None else output + bias
+
+
+def _some_rows_linear(layer: nn.Linear, input: Tensor) -> Tensor:
+    """A linear layer whose product is taken the other way round for a prompt's few positions.
+
+    Two threads, 302 MB of float32 weights, 27 rows: 24 ms against 37 (MKL); from 64 rows on there is no difference.
+    """
+    num_rows = math.prod(input.shape[:-1])
+    if not MAX_FEW_ROWS < num_rows <= _MAX_SOME_ROWS or input.dtype != torch.float32 or input.device.type != "cpu":
+        return torch.nn.functional.linear(input, layer.weight, layer.bias)
+    output = (layer.weight @ input.reshape(num_rows, -1).t()).t().reshape(*input.shape[:-1], -1)
+    return output if layer.bias is None else output + layer.bias
 
 
 def _compile(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
@@ -288,6 +302,11 @@ def accelerate(model: FlowOmniModel, backend: str = "inductor") -> None:
         backend: of `torch.compile`; "aot_eager" makes the graphs and runs them without a compiler, for tests.
     """
     model.eval()
+    for part in (model.llm, model.output_blocks):
+        layers: Any = () if part is None else part.modules()
+        for layer in layers:
+            if type(layer) is nn.Linear:
+                layer.forward = functools.partial(_some_rows_linear, layer)
     steps = CompiledSteps(model, backend)
     if reason := steps.check():
         _log.warning("steps are not compiled: %s", reason)

@@ -1,19 +1,21 @@
 """Int8 weights for the linear layers of a language model: a quarter of the memory, and of what a step has to read.
 
-Weights only, symmetric, one scale per output; activations stay as they are. The numbers are torchao's. Its tensors are
-taken apart, because a compiled step would take them apart again at every call.
+Weights only, symmetric, one scale per output; activations stay as they are, but for a prompt's (`_product_dtype`). The
+numbers are torchao's. Its tensors are taken apart, because a compiled step would take them apart again at every call.
 
 Shapes: N outputs, K inputs, `..` any leading dimensions.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .fast import MAX_FEW_ROWS
 from .modeling import FlowOmniModel
 
 
@@ -46,8 +48,20 @@ class Int8Linear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """[.., K] -> [.., N]."""
-        output = F.linear(input, self.weight_NK.to(input.dtype)) * self.scale_N
+        dtype = _product_dtype(input)
+        output = F.linear(input.to(dtype), self.weight_NK.to(dtype)).to(input.dtype) * self.scale_N
         return output if self.bias_N is None else output + self.bias_N
+
+
+def _product_dtype(input: Tensor) -> torch.dtype:
+    """The input's own; bfloat16, which int8 values are exact in, for a prompt on a CPU that has units for it (AMX).
+
+    27 rows through 76 MB of weights, two threads: 23 ms, and 43 in float32.
+    """
+    is_prompt = input.dtype == torch.float32 and math.prod(input.shape[:-1]) > MAX_FEW_ROWS
+    if is_prompt and input.device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    return input.dtype
 
 
 def check_torchao() -> None:

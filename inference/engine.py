@@ -29,6 +29,7 @@ from flowomni.generation import Batch, feed, join, step, take
 from .listening import load_vad
 from .seat import Seat, generation_options, make_context
 from .session import Session, SessionError, SessionOptions
+from .threads import release_threads
 
 _LISTEN_SEC = 1.0  # of audio that one session is listened to before the others have their turn
 _ROOM = 0.5  # share of its queue that a slow consumer must have taken before the answer goes on
@@ -94,6 +95,7 @@ class Engine:
         self._steps = self._row_steps = self._tokens = 0
         self._sec = {"step": 0.0, "prefill": 0.0, "listen": 0.0}
         self._cpu_sec = dict(self._sec)
+        release_threads()
         self._worker = threading.Thread(target=self._run, name="flowomni-engine", daemon=True)
         self._worker.start()
 
@@ -115,6 +117,7 @@ class Engine:
         self.check(options)
         session = Session(options, self.omni.sample_rate_hz, self.check, self._work.set, on_event)
         seat = Seat(session, self.omni, self._pull, self._responses)
+        release_threads()
         with self._lock:
             if self._room() > 0:
                 self._seats[seat] = time.monotonic()
@@ -133,6 +136,7 @@ class Engine:
         with torch.inference_mode():  # a head may find out only when it draws
             hidden_BH = torch.zeros(1, hidden, device=self.omni.model.device, dtype=self.omni.model.dtype)
             head.sample(hidden_BH, chosen.sampling, [torch.Generator()])
+        release_threads()
 
     def _room(self) -> int:
         return 0 if self._closing_at is not None else self.max_sessions - len(self._seats)

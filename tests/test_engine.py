@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from inference.session import (
     SessionOptions,
     TextDelta,
 )
+from inference.threads import release_threads
 from tests.conversing import PATIENCE_SEC, WORDS, done, events, names, quiet, sound, spoken, until
 
 ALWAYS_ON = 1 - 1e-9  # the stop threshold of an answer that speaks up to its limit
@@ -337,3 +339,20 @@ def test_the_consumer_is_woken_not_called_with_events(engine: Engine) -> None:
         found += list(iter(session.poll, None))
     assert names(found) == ["Committed", "ResponseStarted", "delta", "ResponseDone"]
     assert threads == {"flowomni-engine"}
+
+
+def test_idle_threads_of_the_caller_do_not_stay_beside_the_engine(engine: Engine) -> None:
+    """They would slow every step down, see `release_threads`."""
+    tasks = Path("/proc/self/task")
+    if not tasks.exists() or torch.get_num_threads() < 2:
+        pytest.skip("needs Linux and two threads")
+    x = torch.randn(512, 512)
+    release_threads()
+    before = len(list(tasks.iterdir()))
+    assert (x @ x).shape == x.shape
+    if len(list(tasks.iterdir())) == before:
+        pytest.skip("this torch computes with another kind of threads")
+    engine.open().close()
+    left = len(list(tasks.iterdir()))
+    release_threads()
+    assert len(list(tasks.iterdir())) == left  # none was left to release

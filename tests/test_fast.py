@@ -205,6 +205,19 @@ def test_the_compiler_itself_gives_the_same() -> None:
     torch.testing.assert_close(fast._compile(layers.forward, "inductor")(x_BK), layers(x_BK), **TOLERANCE)
 
 
+def test_a_prompt_is_multiplied_the_other_way_round(models: tuple[FlowOmniModel, FlowOmniModel]) -> None:
+    plain, compiled = models
+    generator = torch.Generator().manual_seed(0)
+    for length in (8, 9, 63, 64):
+        x_BLH = torch.randn(1, length, plain.config.hidden_size, generator=generator)
+        mask_BL = torch.ones(1, length, dtype=torch.bool)
+        found, wanted = (model.advance(x_BLH, mask_BL, model.init_state(1))[:2] for model in (compiled, plain))
+        torch.testing.assert_close(found, wanted, **TOLERANCE)
+    layer = torch.nn.Linear(5, 3)
+    x_BLK = torch.randn(2, 6, 5, generator=generator)
+    torch.testing.assert_close(fast._some_rows_linear(layer, x_BLK), layer(x_BLK), **TOLERANCE)
+
+
 # ----------------------------------------------------------------------------------------------------- fallback
 
 
@@ -253,6 +266,18 @@ def test_int8_rounds_weights_to_127ths_of_the_largest() -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("has_tiles", [False, True])
+def test_int8_takes_a_prompt_in_bfloat16_where_that_is_fast(has_tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_tiles)
+    torch.manual_seed(0)
+    layer = Int8Linear.of(torch.nn.Linear(64, 32))
+    x_BLK = torch.randn(1, 9, 64)
+    exact = torch.cat([layer(x_BLK[:, :8]), layer(x_BLK[:, 8:])], dim=1)  # a step's few rows stay as they are
+    error = float((layer(x_BLK) - exact).norm() / exact.norm())
+    assert layer(x_BLK).dtype == torch.float32 and (1e-4 < error < 5e-3 if has_tiles else error < 1e-6)
+
+
 def test_a_tied_output_layer_gets_weights_of_its_own() -> None:
     pytest.importorskip("torchao")
     model, _ = tiny_model()
