@@ -303,10 +303,9 @@ def accelerate(model: FlowOmniModel, backend: str = "inductor") -> None:
     """
     model.eval()
     for part in (model.llm, model.output_blocks):
-        layers: Any = () if part is None else part.modules()
-        for layer in layers:
+        for layer in () if part is None else part.modules():
             if type(layer) is nn.Linear:
-                layer.forward = functools.partial(_some_rows_linear, layer)
+                vars(layer)["forward"] = functools.partial(_some_rows_linear, layer)
     steps = CompiledSteps(model, backend)
     if reason := steps.check():
         _log.warning("steps are not compiled: %s", reason)

@@ -1,4 +1,9 @@
-"""The threads that the model computes on, in programs where other threads have work at the same time."""
+"""How many threads the model computes on, in programs where other threads have work at the same time.
+
+A matrix product that is split over all cores waits for its slowest part. Where a core has another program to serve,
+every product waits for that: on two cores with one busy program each, an interrupted voice stopped within 146 ms (p95)
+when the model had one thread, and within 439 ms when it had two. On idle cores both need 35 ms.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +33,8 @@ def release_threads() -> None:
     """End the OpenMP threads that the calling thread has computed with; they come back when it computes again.
 
     GNU's OpenMP keeps threads for every thread that computes. Idle ones count, and where all of them are more than the
-    machine's cores it puts waiting threads to sleep at once: each of the hundreds of small products of a step then waits
-    to be woken. On two cores, a step of eight rows in a second thread took 51 ms beside idle threads of the first one,
+    machine's cores it puts waiting threads to sleep at once: each of the hundreds of small products of a step then has
+    to wake them. On two cores, a step of eight rows in a second thread took 51 ms beside idle threads of the first one,
     and 21 ms without them. Other OpenMP libraries share their threads: there this does nothing.
     """
     for library in _gnu_openmp():
@@ -43,5 +48,5 @@ def _gnu_openmp() -> list[ctypes.CDLL]:
     if not maps.exists():
         return []
     paths = {line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines() if "libgomp" in line}
-    libraries = [ctypes.CDLL(path, mode=os.RTLD_NOLOAD) for path in sorted(paths)]
+    libraries = [ctypes.CDLL(path, mode=os.RTLD_NOLOAD) for path in sorted(paths) if Path(path).exists()]
     return [library for library in libraries if hasattr(library, "omp_pause_resource_all")]
