@@ -73,6 +73,8 @@ class EngineStats:
 class Engine:
     """One worker thread that steps all answers together.
 
+    Who computes with torch in other threads of this process slows it down, see `release_threads`.
+
     Args:
         omni: model and processor.
         max_sessions: places; one more is refused.
