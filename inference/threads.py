@@ -1,8 +1,8 @@
 """How many threads the model computes on, in programs where other threads have work at the same time.
 
 A matrix product that is split over all cores waits for its slowest part. Where a core has another program to serve,
-every product waits for that: on two cores with one busy program each, an interrupted voice stopped within 146 ms (p95)
-when the model had one thread, and within 439 ms when it had two. On idle cores both need 35 ms.
+every product waits for that: on two cores with one busy program each (of low priority), an interrupted voice stopped
+within 146 ms (p95) when the model had one thread, and within 439 ms when it had two. On idle cores both need 35 ms.
 """
 
 from __future__ import annotations

@@ -265,8 +265,8 @@ def test_int8_rounds_weights_to_127ths_of_the_largest() -> None:
     torch.testing.assert_close(rounded(x_BK), torch.nn.functional.linear(x_BK, weight_NK, linear.bias))
 
 
-@torch.inference_mode()
 @pytest.mark.parametrize("has_tiles", [False, True])
+@torch.inference_mode()
 def test_int8_takes_a_prompt_in_bfloat16_where_that_is_fast(has_tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchao")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_tiles)
@@ -278,6 +278,7 @@ def test_int8_takes_a_prompt_in_bfloat16_where_that_is_fast(has_tiles: bool, mon
     assert layer(x_BLK).dtype == torch.float32 and (1e-4 < error < 5e-3 if has_tiles else error < 1e-6)
 
 
+@torch.inference_mode()
 def test_a_tied_output_layer_gets_weights_of_its_own() -> None:
     pytest.importorskip("torchao")
     model, _ = tiny_model()
