@@ -6,8 +6,9 @@
 Each run is `accelerate launch -m training.train` in a folder of its own, runs/ablations/<grid>/<cell>/seed_<n>. After
 an interruption the same command goes on: finished runs are skipped, a begun one continues from its last checkpoint. A
 run that fails is reported with its last lines, and the others go on. Cells that differ in their sampling alone are
-trained once. The same command, given again while one works (on another GPU, with another CUDA_VISIBLE_DEVICES), takes
-runs that nobody trains yet; the last of them judges. See `scripts.ablation_grid` for the file.
+trained once, and what a grid beside this one has trained with the same configuration and seed is taken from there. The
+same command, given again while one works (on another GPU, with another CUDA_VISIBLE_DEVICES), takes runs that nobody
+trains yet; the last of them judges. See `scripts.ablation_grid` for the file.
 
 results.json has every run's steps, tokens, training time and measurements, and what was measured last within the
 smallest number of steps, of tokens, and of seconds that any run took, so that runs can be compared at equal cost.
@@ -34,7 +35,7 @@ from typing import Any, NoReturn
 import yaml
 
 from scripts.ablation_files import JUDGED, LOCK_FILE, is_trained_elsewhere, locked
-from scripts.ablation_grid import CELL_FILE, Cell, Checked, Grid, check, read_grid
+from scripts.ablation_grid import CELL_FILE, PER_RUN, Cell, Checked, Grid, check, read_grid
 
 OUTPUT_FILE, CALIBRATION_FILE, RESULTS_FILE = "train.out", "calibration.json", "results.json"
 REPORT_FILE, REPORT_PAGE = "report.json", "report.html"
@@ -168,8 +169,10 @@ def print_plan(grid: Grid, cells: Sequence[Checked]) -> None:
 
 
 def _steps_done(grid: Grid, cell: Cell, seed: int, steps: int) -> int:
+    if is_finished(grid, cell, seed) or trained_before(grid, cell, seed):
+        return steps
     history = read_history(grid.run_folder(cell, seed))
-    return steps if is_finished(grid, cell, seed) else history[-1]["step"] if history else 0
+    return history[-1]["step"] if history else 0
 
 
 def _or_unknown(value: float | None, form: str) -> str:
@@ -242,9 +245,10 @@ def run_grid(grid: Grid, cells: Sequence[Checked]) -> list[Run]:
             print(f"{label}: another process trains it", flush=True)
             run.status = "elsewhere"
             continue
-        if source is not cell and is_finished(grid, source, seed):
-            print(f"{label}: the same training as {source.name}'s, taken from there", flush=True)
-            _copy_run(grid.run_folder(source, seed), Path(run.folder))
+        same = trained_before(grid, source, seed)
+        if same is not None:
+            print(f"{label}: the same training as {same}'s, taken from there", flush=True)
+            _copy_run(same, Path(run.folder))
             _refresh(run, "finished")
             continue
         print(f"{label}: {run.folder}/{OUTPUT_FILE}", flush=True)
@@ -263,6 +267,17 @@ def run_grid(grid: Grid, cells: Sequence[Checked]) -> list[Run]:
             _refresh(run)
     write_results(grid, cells, list(runs.values()))
     return list(runs.values())
+
+
+def trained_before(grid: Grid, cell: Cell, seed: int) -> Path | None:
+    """Folder of a finished run with that cell's configuration and seed: its own, or one of a grid beside this one."""
+    own = grid.run_folder(cell, seed)
+    for file in [own / CELL_FILE, *sorted(grid.folder.parent.glob(f"*/*/{own.name}/{CELL_FILE}"))]:
+        if (file.parent / "final").is_dir():
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            if {key: value for key, value in content.items() if key not in PER_RUN} == cell.content:
+                return file.parent
+    return None
 
 
 def _copy_run(source: Path, folder: Path) -> None:
@@ -448,7 +463,7 @@ def train_grid(grid: Grid, only_plan: bool, calibration_steps: int | None) -> tu
     if not problems and num_steps:
         known = known_cost(grid)
         pending = [
-            c for c in grid.cells if any(grid.trained_as(c, s) is c and not is_finished(grid, c, s) for s in c.seeds)
+            c for c in grid.cells if any(grid.trained_as(c, s) is c and not trained_before(grid, c, s) for s in c.seeds)
         ]
         calibrate(grid, [cell for cell in pending if cell.name not in known], num_steps)
     print_plan(grid, cells)

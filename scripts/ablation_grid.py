@@ -11,7 +11,8 @@ cells:
       options.parts.head: {kind: depth, width: 72}
     varies: [model.speech_tokenizer.autoencoder.bottleneck]   # what these bring with them, and is meant to
     seeds: [0, 1, 2]            # instead of the grid's
-    sampling: {temperature: 0.8}    # with which its head draws when it is judged; by default the head's own
+    sampling: {temperature: 0.8}    # with which its head draws when it is judged, instead of the grid's
+sampling: {guidance: 1.5}       # of all other cells; by default each head's own
 pair: [flow, depth]             # the two that the report puts in its first line; see `scripts.ablation_report`
 judge: {num_questions: 32}      # see `scripts.ablation_questions.JudgeOptions`
 """
@@ -154,7 +155,7 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 GRID_KEYS = (
     *("base", "name", "folder", "reference", "seeds", "cells", "max_head_mismatch", "sec_per_step", "launch"),
-    *("judge", "pair"),
+    *("judge", "pair", "sampling"),
 )
 CELL_KEYS = ("set", "varies", "seeds", "sampling")
 LAUNCH = ("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
@@ -177,7 +178,8 @@ def read_grid(path: str | Path) -> Grid:
                 raise ValueError(f"needs a key {key!r}")
         base = read_yaml(file.parent / str(values["base"]))
         names = list(values["cells"])
-        cells = tuple(_cell(name, values["cells"][name] or {}, values.get("seeds"), base) for name in names)
+        shared = {key: values[key] for key in ("seeds", "sampling") if key in values}
+        cells = tuple(_cell(name, values["cells"][name] or {}, shared, base) for name in names)
         reference = values.get("reference", names[0])
         if reference not in names:
             raise ValueError(f"reference is {reference!r}, which is no cell{nearest(str(reference), names)}")
@@ -220,14 +222,15 @@ def _known(values: Mapping[str, Any], valid: tuple[str, ...], where: str) -> Non
             raise ValueError(f"{where}{key}: unknown key{nearest(key, list(valid))}. Valid keys: {', '.join(valid)}")
 
 
-def _cell(name: Any, values: Mapping[str, Any], seeds: Any, base: dict[str, Any]) -> Cell:
+def _cell(name: Any, values: Mapping[str, Any], shared: Mapping[str, Any], base: dict[str, Any]) -> Cell:
     where = f"cells.{name}."
     if not re.fullmatch(r"[\w.+-]+", str(name)):
         raise ValueError(f"cells.{name}: a cell's name becomes a folder; use letters, digits and . _ + -")
     if not isinstance(values, Mapping):
         raise ValueError(f"cells.{name} is {values!r}; give a mapping with 'set'")
     _known(values, CELL_KEYS, where)
-    chosen = values.get("seeds", seeds)
+    values = {**shared, **values}
+    chosen = values.get("seeds")
     if not isinstance(chosen, list) or not chosen or not all(type(seed) is int for seed in chosen):
         raise ValueError(f"{where}seeds is {chosen!r}; give a list of whole numbers, for it or for the whole grid")
     twice = sorted({seed for seed in chosen if chosen.count(seed) > 1})

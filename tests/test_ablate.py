@@ -197,14 +197,14 @@ def test_nothing_trains_where_a_cell_is_bad(grid_of: Any, capsys: pytest.Capture
 # -------------------------------------------------------------------------------------------------------------- running
 
 
-def text_grid(folder: Path, cells: dict[str, Any]) -> Path:
+def text_grid(folder: Path, cells: dict[str, Any], runs: str = "runs") -> Path:
     """A grid of stage `text`, which needs no corpus."""
     llm = {"model_type": "qwen2", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     llm |= {"num_attention_heads": 2, "num_key_value_heads": 2}
     options = {"llm": llm, "instructions": INSTRUCTIONS, "batch_size": 2, "num_eval": 2}
     run = {"max_steps": 4, "log_every": 1, "save_every": 2, "eval_every": 2, "num_threads": 1}
     write(folder / "base.yaml", {"stage": "text", "output_dir": "unused", **run, "options": options})
-    content = {"base": "base.yaml", "seeds": [5], "folder": str(folder / "runs"), "cells": cells, "sec_per_step": 0.1}
+    content = {"base": "base.yaml", "seeds": [5], "folder": str(folder / runs), "cells": cells, "sec_per_step": 0.1}
     return write(folder / "grid.yaml", content)
 
 
@@ -234,11 +234,17 @@ def test_a_failed_cell_is_reported_and_the_others_go_on(tmp_path: Path, capsys: 
     assert status_of("--config", str(text_grid(tmp_path, cells))) == 0
     shown = capsys.readouterr().out
     assert "good, seed 5: finished before" in shown
-    assert "cooler, seed 5: the same training as good's" in shown
+    assert f"cooler, seed 5: the same training as {tmp_path / 'runs/good/seed_5'}'s" in shown
     runs = json.loads((tmp_path / "runs/results.json").read_text())["cells"]
     assert runs["cooler"]["runs"]["5"]["eval"] == runs["good"]["runs"]["5"]["eval"]
     assert (tmp_path / "runs/cooler/seed_5/final").is_dir()
     assert (tmp_path / "runs/good/seed_5/train.out").stat().st_mtime_ns == before
+
+    file = text_grid(tmp_path, {"again": {}, "slower": {"set": {"learning_rate": 1e-4}}}, runs="others")
+    assert status_of("--config", str(file)) == 0
+    shown = capsys.readouterr().out
+    assert f"again, seed 5: the same training as {tmp_path / 'runs/cooler/seed_5'}'s" in shown
+    assert "slower, seed 5: the same" not in shown and (tmp_path / "others/slower/seed_5/final").is_dir()
 
 
 def test_a_run_is_not_trained_twice_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
