@@ -32,7 +32,18 @@ from flowomni.evaluation.speaker import SpeakerEncoder, speaker_network
 from flowomni.tokenizers.mel import MelConfig, MelFront
 from scripts.ablation_files import JUDGED, keep_sound, read_rows, slug, write_rows
 from scripts.ablation_grid import Cell, Checked, Grid
-from scripts.ablation_questions import HEARD, OF_EARS, SPEAK, TYPED, VOICE, VOICE_SHIFTS, Condition, questions_of
+from scripts.ablation_questions import (
+    HEARD,
+    HEARD_SHIFTS,
+    OF_EARS,
+    SHIFTED,
+    SPEAK,
+    TYPED,
+    VOICE,
+    VOICE_SHIFTS,
+    Condition,
+    questions_of,
+)
 from scripts.ablation_voice import altered, measure_cost, through_the_voice
 from scripts.tokenizer_conditions import spread
 from training.manifest import Conversation, read_manifest
@@ -75,7 +86,9 @@ class Judged:
 
 def kinds_of(grid: Grid, cells: Sequence[Checked]) -> list[str]:
     """The kinds of conditions that every cell was trained for, of those that the grid asks for."""
-    found = set(grid.judge.conditions)
+    asked = set(grid.judge.conditions)
+    if asked & {shift.name for shift in HEARD_SHIFTS}:
+        asked.add(SHIFTED)
     able = [SPEAK, TYPED, *OF_EARS, VOICE]
     for each in cells:
         assert each.parsed is not None and isinstance(each.parsed.options, SpeechOptions), "checked before"
@@ -90,7 +103,7 @@ def kinds_of(grid: Grid, cells: Sequence[Checked]) -> list[str]:
             able = [kind for kind in able if kind != TYPED]
         if not (ears and taught):
             able = [kind for kind in able if kind not in OF_EARS]
-    return [kind for kind in able if not found or kind in found]
+    return [kind for kind in able if not asked or kind in asked]
 
 
 def speaks(cells: Sequence[Checked]) -> bool:

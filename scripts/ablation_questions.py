@@ -40,7 +40,7 @@ class JudgeOptions:
     """How a grid is judged; the grid's key `judge`.
 
     Attributes:
-        conditions: which of `KINDS`; empty: all that every cell can do.
+        conditions: which of `KINDS`, or one of `SHIFTED` by its name ("noise 5 dB"); empty: all that every cell can do.
         manifest: of the questions; None: the reference cell's.
         split: of the manifest.
         families: of the questions; empty: those that the reference cell trains on.
@@ -67,9 +67,10 @@ class JudgeOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        known = (*KINDS, *(shift.name for shift in HEARD_SHIFTS))
         for name in self.conditions:
-            if name not in KINDS:
-                raise ValueError(f"judge.conditions has {name!r}; known: {', '.join(KINDS)}")
+            if name not in known:
+                raise ValueError(f"judge.conditions has {name!r}; known: {', '.join(known)}")
         for name in ("num_questions", "num_shifted", "num_samples", "num_quality", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"judge.{name} is {getattr(self, name)}; it must be at least 1")
@@ -150,7 +151,8 @@ def questions_of(
     for name, group in UNSEEN.items():
         some = [item for item in heard if item.voice_group == group]
         found.append(Condition(name, name, tuple(spread(some, num_shifted))))
-    found = [condition for condition in found if condition.kind in kinds and condition.items]
+    asked = set(options.conditions) or set(KINDS)
+    found = [c for c in found if c.kind in kinds and asked & {c.kind, c.name} and c.items]
     return [replace(found[0], num_samples=options.num_samples), *found[1:]] if found else []
 
 

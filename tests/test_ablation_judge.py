@@ -257,6 +257,9 @@ def test_a_grid_is_judged_and_reported(
     cooler = [dataclasses.replace(cell, sampling={"temperature": 0.1}) for cell in grid.cells]
     tasks = Judge(dataclasses.replace(grid, cells=tuple(cooler)), cells_, 1).tasks()
     assert [len(t.conditions) for t in tasks] == [len(found["conditions"])] * 2, "another sampling, another answer"
+    fewer = dataclasses.replace(grid.judge, conditions=["heard", "noise 5 dB"])
+    asked = Judge(dataclasses.replace(grid, judge=fewer), cells_, 1).conditions
+    assert [c.name for c in asked] == ["heard", "noise 5 dB"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- voice
