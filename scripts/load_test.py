@@ -16,6 +16,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +28,8 @@ from typing import Any
 import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
+
+from flowomni.commands import exit_status
 
 RATE_HZ = 24_000
 CHUNK_SEC = 0.04
@@ -245,13 +248,14 @@ def table(found: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def own_server(model: str | None, sessions: int) -> Iterator[str]:
-    """`inference.serve` in a process of its own; gives the websocket's address.
+    """`inference.serve` in a process of its own; gives the websocket's address. SIGTERM is Ctrl-C while it runs.
 
     Raises:
         ValueError: it did not start; it has said why.
     """
     command = [sys.executable, "-m", "inference.serve", "--port", "0", "--max-sessions", str(sessions)]
     command += ["--log-level", "warning", *(["--model", model] if model else [])]
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the server outlives this process
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -261,6 +265,7 @@ def own_server(model: str | None, sessions: int) -> Iterator[str]:
             yield f"ws{said.removeprefix('talk at http').strip()}/v1/realtime"
         finally:
             process.terminate()
+            signal.signal(signal.SIGTERM, before)
 
 
 def read_question(path: str) -> np.ndarray:
@@ -285,16 +290,21 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--push-to-talk", action="store_true", help="say where a turn ends; else the server finds out")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     options = parser.parse_args(args)
-    try:
-        wavs = [read_question(path) for path in options.questions]
-        with contextlib.ExitStack() as stack:
-            url = options.url or stack.enter_context(own_server(options.model, options.sessions))
-            found = summary(asyncio.run(load(url, wavs, options)))
-        if options.json:
-            options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Returns 1 if a turn was not answered.
+
+    Raises:
+        ValueError, OSError: with a message for the user.
+    """
+    wavs = [read_question(path) for path in options.questions]
+    with contextlib.ExitStack() as stack:
+        url = options.url or stack.enter_context(own_server(options.model, options.sessions))
+        found = summary(asyncio.run(load(url, wavs, options)))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(table(found))
     return int(found["answered"] < found["turns"])
 

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import json
 import random
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -463,3 +464,15 @@ def test_load_needs_a_server(capsys: Capture) -> None:
     args = [str(QUESTION), "--url", "ws://127.0.0.1:9/v1/realtime", "--sessions", "1", "--turns", "1"]
     assert load_test.main(args) == 1
     assert "ConnectionRefusedError" in capsys.readouterr().out
+
+
+def test_sigterm_ends_the_server_that_was_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    server = tmp_path / "server"
+    server.write_text("#!/bin/sh\necho talk at http://here\nexec sleep 60\n")
+    server.chmod(0o755)
+    monkeypatch.setattr(load_test.sys, "executable", str(server))
+    before, began = signal.getsignal(signal.SIGTERM), time.monotonic()
+    with pytest.raises(KeyboardInterrupt), load_test.own_server(None, 1) as url:
+        assert url == "ws://here/v1/realtime"
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before and time.monotonic() - began < 30
