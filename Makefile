@@ -33,7 +33,7 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Do the nine stages fit together? A few steps of each, in minutes:
+# Do the ten stages fit together? A few steps of each, in minutes:
 #   make tiny TINY=runs/rehearsal CORPUS_ARGS='--num-pairs 300' TRAIN_ARGS='--max_steps 3 --compile false'
 tiny: .venv/.base  ## the model in the box, retrained from nothing
 	$(BIN)/python -m scripts.make_talk_corpus --out data/talk $(CORPUS_ARGS)
@@ -46,7 +46,8 @@ tiny: .venv/.base  ## the model in the box, retrained from nothing
 	$(TRAIN)/listen.yaml $(TRAIN_ARGS)
 	$(TRAIN)/voice.yaml $(TRAIN_ARGS)
 	$(TRAIN)/speech.yaml $(TRAIN_ARGS)
-	$(BIN)/python -m scripts.pack_model runs/tiny/speech/final $(TINY) \
+	$(TRAIN)/again.yaml $(TRAIN_ARGS)
+	$(BIN)/python -m scripts.pack_model runs/tiny/again/final $(TINY) --average-with runs/tiny/speech/final \
 		--sampling '{"solver": "euler", "num_steps": 16, "temperature": 0.6, "guidance": 2.5}'
 
 clean:
