@@ -35,7 +35,7 @@ from typing import Any, NoReturn
 import yaml
 
 from scripts.ablation_files import JUDGED, LOCK_FILE, is_trained_elsewhere, locked
-from scripts.ablation_grid import CELL_FILE, PER_RUN, Cell, Checked, Grid, check, read_grid
+from scripts.ablation_grid import CELL_FILE, Cell, Checked, Grid, check, read_grid, trained_before
 
 OUTPUT_FILE, CALIBRATION_FILE, RESULTS_FILE = "train.out", "calibration.json", "results.json"
 REPORT_FILE, REPORT_PAGE = "report.json", "report.html"
@@ -267,17 +267,6 @@ def run_grid(grid: Grid, cells: Sequence[Checked]) -> list[Run]:
             _refresh(run)
     write_results(grid, cells, list(runs.values()))
     return list(runs.values())
-
-
-def trained_before(grid: Grid, cell: Cell, seed: int) -> Path | None:
-    """Folder of a finished run with that cell's configuration and seed: its own, or one of a grid beside this one."""
-    own = grid.run_folder(cell, seed)
-    for file in [own / CELL_FILE, *sorted(grid.folder.parent.glob(f"*/*/{own.name}/{CELL_FILE}"))]:
-        if (file.parent / "final").is_dir():
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-            if {key: value for key, value in content.items() if key not in PER_RUN} == cell.content:
-                return file.parent
-    return None
 
 
 def _copy_run(source: Path, folder: Path) -> None:

@@ -111,6 +111,17 @@ class Grid:
         return self.folder / cell.name / f"seed_{seed}"
 
 
+def trained_before(grid: Grid, cell: Cell, seed: int) -> Path | None:
+    """Folder of a finished run with that cell's configuration and seed: its own, or one of a grid beside this one."""
+    own = grid.run_folder(cell, seed)
+    for file in [own / CELL_FILE, *sorted(grid.folder.parent.glob(f"*/*/{own.name}/{CELL_FILE}"))]:
+        if (file.parent / "final").is_dir():
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            if {key: value for key, value in content.items() if key not in PER_RUN} == cell.content:
+                return file.parent
+    return None
+
+
 @dataclass
 class Checked:
     """A cell after the check.
