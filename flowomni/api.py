@@ -17,6 +17,7 @@ import torch
 
 from .audio import Audio, read_audio, resample, write_audio
 from .build import load_model
+from .devices import as_dtype, check_device
 from .fast import accelerate
 from .generation import GenerationOptions, Step, generate
 from .int8 import quantise
@@ -129,16 +130,32 @@ class FlowOmni:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path | None = None, device: str = "cpu", *, compile: bool = False, int8: bool = False
+        cls,
+        folder: str | Path | None = None,
+        device: str = "cpu",
+        *,
+        dtype: str | torch.dtype = "float32",
+        compile: bool = False,
+        int8: bool = False,
     ) -> FlowOmni:
         """Load a model folder; None loads the model in the box.
 
         Args:
+            dtype: of the language model and the output blocks, such as "bfloat16" on a GPU. The ears, the head that
+                draws speech and the speech tokenizer stay in float32.
             compile: compile the steps of generation. The first answer waits for that, for a minute or more; later
                 processes find half of the work on disk (the model in the box on one core: 95 s, then 47).
             int8: int8 weights for the language model's linear layers; needs torchao, and pays off with `compile`.
+
+        Raises:
+            ValueError: there is no such device here, or `dtype` is none that a model can have.
         """
+        check_device(device)
+        chosen = as_dtype(dtype)
         model, processor = load_model(BUNDLED_MODEL if folder is None else folder)
+        for part in (model.llm, model.output_blocks):
+            if part is not None:
+                part.to(dtype=chosen)
         model.to(device)  # type: ignore[arg-type]  # transformers wraps it in a way that mypy cannot follow
         if int8:
             quantise(model)

@@ -6,7 +6,10 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from .api import FlowOmni
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,11 +20,25 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def add_speed_options(parser: argparse.ArgumentParser) -> None:
-    """`--compile` and `--int8`, see `FlowOmni.from_pretrained`."""
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What `FlowOmni.from_pretrained` takes."""
+    parser.add_argument("--model", help="model folder (default: the model in the box)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, .. (default: a GPU if there is one)")
+    parser.add_argument("--dtype", default="float32", help="of the language model, as bfloat16 (default: float32)")
     parser.add_argument("--compile", action="store_true", help="compile the steps: a slow start, then faster answers")
     parser.add_argument(
         "--int8", action="store_true", help="int8 weights: pip install 'flowomni[int8]'; with --compile"
+    )
+
+
+def load(options: argparse.Namespace) -> FlowOmni:
+    """The model that `add_model_options` describe."""
+    from .api import FlowOmni
+    from .devices import default_device
+
+    device = options.device or default_device()
+    return FlowOmni.from_pretrained(
+        options.model, device, dtype=options.dtype, compile=options.compile, int8=options.int8
     )
 
 

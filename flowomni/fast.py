@@ -4,7 +4,7 @@
 
 Graphs are {embeddings, language model, output blocks} in `CompiledSteps.read`, the head's solver step with its
 modulation, and the text logits, apart because nobody needs them after the last word. The caches are those of `cache.py`
-and are written in place. The tokenizer's decoder and vocoder stay plain: compiled they took as long.
+and are written in place. On a GPU they are replayed as CUDA graphs (`replay.py`). The tokenizer's decoder and vocoder stay plain: compiled they took as long.
 
 What cannot be compiled stays as it is, after one warning that says why. A model is compiled for generation: weights may
 change in place afterwards, layers must not be replaced.
@@ -27,8 +27,9 @@ from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .cache import GrowingLayer, Room, fork
+from .cache import GrowingLayer, fork
 from .modeling import FlowOmniModel, ModelState
+from .replay import Replayed
 from .streams import NONE, Streams
 
 MAX_FEW_ROWS = 8  # rows up to which a product is a loop over the weights, and for which graphs are made
@@ -63,7 +64,7 @@ def _some_rows_linear(layer: nn.Linear, input: Tensor) -> Tensor:
 
 
 def _compile(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    """All shapes are fixed, but for those that are marked as dynamic; linear layers of few rows are as above."""
+    """All shapes are fixed, but for those marked as dynamic; linear layers of few rows on a CPU are as above."""
     compiler = torch._dynamo.lookup_backend(backend)
 
     def compile_graph(graph: Any, inputs: Any, **options: Any) -> Any:
@@ -79,6 +80,10 @@ def _compile(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
     # guards on all weights would take longer than the step itself
     options: Any = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
     return torch.compile(function, backend=compile_graph, fullgraph=True, dynamic=False, options=options)
+
+
+def _replayed(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    return Replayed(function) if device.type == "cuda" else function
 
 
 # ----------------------------------------------------------------------------------------------------- the model
@@ -130,7 +135,8 @@ class CompiledSteps:
 
     def __init__(self, model: FlowOmniModel, backend: str = "inductor"):
         self._model = model
-        self._run = _compile(self._step, backend)
+        self._compiled = _compile(self._step, backend)
+        self._run = _replayed(self._run_compiled, model.device)
 
     def takes(self, streams: Streams, state: ModelState) -> bool:
         """Whether that is such a step: one real position a row, after others."""
@@ -159,13 +165,13 @@ class CompiledSteps:
         num_padded = _bucket(num_rows) - num_rows
         caches = fork(state.llm_cache), fork(state.blocks_cache)
         layers: list[Any] = [layer for cache in caches for layer in cache.layers]
-        rooms = [_marked(layer.reserve(1, num_rows + num_padded)) for layer in layers]
+        rooms = [layer.reserve(1, num_rows + num_padded) for layer in layers]
         capacity = rooms[0].keys_RNCW.shape[2]
-        mask_R11C = torch.full((num_rows + num_padded, 1, 1, capacity), torch.finfo(self._model.dtype).min)
-        mask_R11C = mask_R11C.to(self._model.device, self._model.dtype)
+        dtype, device = self._model.dtype, self._model.device
+        shape = num_rows + num_padded, 1, 1, capacity
+        mask_R11C = torch.full(shape, torch.finfo(dtype).min, dtype=dtype, device=device)
         mask_R11C[:num_rows, 0, 0, :length].masked_fill_(state.mask_BL, 0.0)
         mask_R11C[..., length] = 0.0
-        torch._dynamo.mark_dynamic(mask_R11C, 3)
         hidden_RH, speech_RH = run(
             _more_rows(streams.text_BL, num_padded),
             _more_rows(streams.state_BL, num_padded),
@@ -174,13 +180,20 @@ class CompiledSteps:
             [room.keys_RNCW for room in rooms],
             [room.values_RNCW for room in rooms],
             mask_R11C,
-            torch.tensor([length], device=self._model.device),
+            torch.tensor([length], device=device),
             _more_rows(state.num_seen_B.unsqueeze(1), num_padded),
         )
         for layer in layers:
             layer.fill(1, num_rows)
         mask_BL = torch.cat([state.mask_BL, streams.mask_BL], dim=1)
         return hidden_RH[:num_rows], speech_RH[:num_rows], ModelState(*caches, mask_BL, state.num_seen_B + 1)
+
+    def _run_compiled(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        keys, values, mask_R11C = arguments[4:7]
+        for room in (*keys, *values):
+            torch._dynamo.mark_dynamic(room, 2)
+        torch._dynamo.mark_dynamic(mask_R11C, 3)
+        return self._compiled(*arguments)
 
     def _step(
         self,
@@ -250,13 +263,6 @@ def _bucket(num_rows: int) -> int:
     return 1 << (num_rows - 1).bit_length()
 
 
-def _marked(room: Room) -> Room:
-    """A room whose number of positions may grow without another graph."""
-    for rows in (room.keys_RNCW, room.values_RNCW):
-        torch._dynamo.mark_dynamic(rows, 2)
-    return room
-
-
 # ------------------------------------------------------------------------------------------------ the other parts
 
 
@@ -270,9 +276,9 @@ class _Replaced:
     Its tensors and what it gives have B rows; rows are added to make a batch of 1, 2, 4 or 8.
     """
 
-    def __init__(self, owner: Any, name: str, backend: str):
+    def __init__(self, owner: Any, name: str, backend: str, device: torch.device):
         self._plain: Callable[..., Any] = getattr(owner, name)
-        self._compiled: Callable[..., Any] | None = _compile(self._plain, backend)
+        self._compiled: Callable[..., Any] | None = _replayed(_compile(self._plain, backend), device)
         self._name = f"{type(owner).__name__}.{name}"
         setattr(owner, name, self)
 
@@ -311,6 +317,6 @@ def accelerate(model: FlowOmniModel, backend: str = "inductor") -> None:
         _log.warning("steps are not compiled: %s", reason)
     else:
         model.fast = steps
-    _Replaced(model, "text_logits", backend)
+    _Replaced(model, "text_logits", backend, model.device)
     for name in model.head.compilable:
-        _Replaced(model.head, name, backend)
+        _Replaced(model.head, name, backend, model.device)

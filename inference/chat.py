@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flowomni.commands import Parser, add_speed_options, exit_status
+from flowomni.commands import Parser, add_model_options, exit_status, load
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: a bad command line is answered before
     from .session import Event, Session, SessionOptions
@@ -39,8 +39,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--wav", metavar="FILE", help="a file as the microphone, and nothing is played")
     parser.add_argument("--fast", action="store_true", help="with --wav: do not wait for the clock")
     parser.add_argument("--out", type=Path, help="keep the conversation here (.wav or .flac, stereo)")
-    parser.add_argument("--model", help="model folder (default: the model in the box)")
-    add_speed_options(parser)
+    add_model_options(parser)
     parser.add_argument("--instructions", help="what the model is told first")
     parser.add_argument("--silence", type=float, default=0.5, help="seconds of silence that end a turn (default: 0.5)")
     parser.add_argument("--no-barge-in", action="store_true", help="speaking does not interrupt the model")
@@ -259,7 +258,6 @@ def chat(options: argparse.Namespace) -> None:
     """
     from transformers.utils import logging
 
-    from flowomni import FlowOmni
     from flowomni.audio import read_audio
 
     from .engine import Engine
@@ -269,7 +267,7 @@ def chat(options: argparse.Namespace) -> None:
     settle_threads(options.threads)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    omni = FlowOmni.from_pretrained(options.model, compile=options.compile, int8=options.int8)
+    omni = load(options)
     if omni.processor.heard_features is None:
         raise ValueError("this model has no speech encoder and cannot hear: choose another --model")
     with Engine(omni, max_sessions=1) as engine:

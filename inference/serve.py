@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from flowomni.commands import Parser, add_speed_options, exit_status
+from flowomni.commands import Parser, add_model_options, exit_status, load
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: a bad command line is answered before
     from .engine import Engine
@@ -36,9 +36,8 @@ KEY_LETTERS = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # of a websocket subprotocol (RFC 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """The command line; what does not fit together ends the program."""
     parser = Parser(prog="python -m inference.serve", description="Serve a model to talk to, with a page for browsers.")
-    add_speed_options(parser)
+    add_model_options(parser)
     add = parser.add_argument
-    add("--model", help="model folder (default: the model in the box)")
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (default: 127.0.0.1)")
     add("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     add("--api-key", help=f"clients must show it; better given as environment variable {KEY_VARIABLE}")
@@ -120,8 +119,6 @@ def serve(options: argparse.Namespace) -> int:
     """
     from transformers.utils import logging
 
-    from flowomni import FlowOmni
-
     from .engine import Engine
     from .server.app import Server, ServerOptions
     from .server.http import PromptH11Protocol
@@ -133,7 +130,7 @@ def serve(options: argparse.Namespace) -> int:
     logging.set_verbosity_error()
     _check_certificate(options)
     listener = _bind(options.host, options.port)
-    omni = FlowOmni.from_pretrained(options.model, compile=options.compile, int8=options.int8)
+    omni = load(options)
     sampling = None if options.temperature is None else {"temperature": options.temperature}
     session = SessionOptions(sampling=sampling, seed=options.seed, max_session_sec=options.max_session_sec)
     with Engine(omni, max_sessions=options.max_sessions) as engine:

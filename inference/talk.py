@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowomni.commands import Parser, add_speed_options, exit_status
+from flowomni.commands import Parser, add_model_options, exit_status, load
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: a bad command line is answered before
     from flowomni import Answer, FlowOmni, Question
@@ -63,13 +63,12 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--say", metavar="TEXT", help="read this aloud (speech synthesis), instead of a question")
     parser.add_argument("--out", type=Path, help="write the answer's voice here (.wav or .flac)")
     parser.add_argument("--out-dir", type=Path, help="write DIR/a.wav for a.wav, and so on; made if missing")
-    parser.add_argument("--model", help="model folder (default: the model in the box)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same voice (default: 0)")
     parser.add_argument("--temperature", type=float, help="of the sampled speech; 0 is no noise (default: 1)")
     parser.add_argument("--num-steps", type=int, help="solver steps (default: what the head was trained for)")
     parser.add_argument("--solver", help="euler, midpoint, dopri5 or map (default: what the head was trained for)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance; 1 is none (default: 1)")
-    add_speed_options(parser)
+    add_model_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object per question")
     parser.add_argument("--plot", type=Path, metavar="p.png", help="draw mel, speech states and text in time")
     options = parser.parse_args(args)
@@ -146,11 +145,9 @@ def talk(options: argparse.Namespace) -> int:
     tasks = plan(options)
     from transformers.utils import logging
 
-    from flowomni import FlowOmni
-
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    omni = FlowOmni.from_pretrained(options.model, compile=options.compile, int8=options.int8)
+    omni = load(options)
     speak = bool(options.out or options.out_dir or options.json or options.plot)
     settings = {"speak": speak, "seed": options.seed, "sampling": _sampling(options)}
     with warnings.catch_warnings():

@@ -76,7 +76,9 @@ SHAPES = {
 }
 
 
-def our_model(shape: Shape, int8: bool, compile: bool = True) -> FlowOmni:
+def our_model(
+    shape: Shape, int8: bool, compile: bool = True, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> FlowOmni:
     """FlowOmni without ears and output blocks: speech in one jump of the head, one step after the text."""
     torch.manual_seed(0)
     text_tokenizer = build_text_tokenizer(WORDS)
@@ -89,6 +91,8 @@ def our_model(shape: Shape, int8: bool, compile: bool = True) -> FlowOmni:
         text_eos_id=text_tokenizer.eos_token_id,
     )
     model = FlowOmniModel(config).eval()
+    model.llm.to(dtype)
+    model.to(device)
     if int8:
         quantise(model)
     if compile:
@@ -162,31 +166,31 @@ def num_bytes(*modules: torch.nn.Module) -> int:
     return sum(t.numel() * t.element_size() for pointer, t in tensors.items() if pointer not in tables)
 
 
-def step_parts(omni: FlowOmni, num_positions: int = 64) -> dict[str, tuple[Callable[[], Any], int]]:
+def step_parts(omni: FlowOmni, num_positions: int = 64, num_rows: int = 1) -> dict[str, tuple[Callable[[], Any], int]]:
     """The parts of one step after `num_positions`: what runs them, and the bytes of the weights that they read."""
     model = omni.model
-    one_BL = torch.ones(1, num_positions, dtype=torch.bool)
-    x_BLH = torch.randn(1, num_positions, model.config.hidden_size) * 0.02
-    state = model.advance(x_BLH, one_BL, model.init_state(1))[2]
+    one_BL = torch.ones(num_rows, num_positions, dtype=torch.bool, device=model.device)
+    x_BLH = torch.randn(num_rows, num_positions, model.config.hidden_size) * 0.02
+    state = model.advance(x_BLH.to(model.device, model.dtype), one_BL, model.init_state(num_rows))[2]
     empty_X = model.speech_tokenizer.spec.empty_token()
+    token_BLX = torch.zeros(num_rows, 1, *empty_X.shape, dtype=empty_X.dtype, device=model.device)
     step = Streams(
-        text_BL=torch.tensor([[1]]),
-        state_BL=torch.tensor([[int(SpeechState.GENERATING)]]),
-        speech_BLX=torch.zeros_like(empty_X)[None, None],
+        text_BL=torch.ones_like(one_BL[:, :1], dtype=torch.int64),
+        state_BL=torch.full_like(one_BL[:, :1], int(SpeechState.GENERATING), dtype=torch.int64),
+        speech_BLX=token_BLX,
         heard_BL=~one_BL[:, :1],
         mask_BL=one_BL[:, :1],
         text_loss_BL=~one_BL[:, :1],
         state_loss_BL=~one_BL[:, :1],
     )
     hidden_BH, _, after = model.read(step, state)
-    remembered = {"model": after, "voice": model.speech_tokenizer.init_state(1)}
+    remembered = {"model": after, "voice": model.speech_tokenizer.init_state(num_rows)}
     sampling, generator = model.head.default_sampling(), torch.Generator().manual_seed(0)
 
     def read() -> None:
         *_, remembered["model"] = model.read(step, remembered["model"])
 
     def sound() -> None:
-        token_BLX = torch.zeros_like(empty_X)[None, None]
         _, remembered["voice"] = model.speech_tokenizer.step(token_BLX, remembered["voice"])
 
     output = model.llm.get_output_embeddings()

@@ -18,9 +18,10 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, PocketTTSConfig, PocketTTSForConditionalGeneration, PreTrainedModel, WhisperConfig
+from transformers import AutoConfig, PreTrainedModel, WhisperConfig
 
 from flowomni.configuration import FlowOmniConfig
 from flowomni.encoder import Projector, SpeechEncoder
@@ -28,6 +29,7 @@ from flowomni.losses import Loss
 from flowomni.modeling import FlowOmniModel
 from flowomni.streams import NONE, SpeechState, Streams
 from flowomni.tokenizers import MelTokenizerConfig
+from flowomni.tokenizers.base import SpeechTokenizer
 from training.train import parameter_groups
 
 LATENT_DIM = 32
@@ -163,7 +165,7 @@ def speech_model(shape: Shape, attention: str) -> FlowOmniModel:
 def with_attention(module: Any, attention: str) -> Any:
     """The module, whose transformers attend as stage `speech` lets them."""
     for part in module.modules():
-        if isinstance(part, PreTrainedModel) and part._supports_sdpa:
+        if isinstance(part, PreTrainedModel) and not isinstance(part, FlowOmniModel | SpeechTokenizer):
             part.set_attn_implementation(attention)
     return module
 
@@ -233,7 +235,8 @@ class Step:
         return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
 
     def __call__(self) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+        device = next(self.module.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.half):
             total = self.loss()
         total.backward()
         self.update()
@@ -259,7 +262,7 @@ def watched_parts(model: FlowOmniModel) -> list[tuple[Any, str, str]]:
 
 def speech_step(model: FlowOmniModel, shape: Shape, half: bool = False) -> Step:
     """A step of everything but the encoder: the prompt is text."""
-    batch, generator = speech_batch(shape), torch.Generator().manual_seed(0)
+    batch, generator = speech_batch(shape).to(model.device), torch.Generator(model.device).manual_seed(0)
     loss = lambda: total_loss(model(batch, generator))  # noqa: E731
     return Step(model, loss, watched_parts(model), shape.num_positions, half, in_float32=["speech head"])
 
@@ -267,7 +270,7 @@ def speech_step(model: FlowOmniModel, shape: Shape, half: bool = False) -> Step:
 def text_step(model: FlowOmniModel, shape: Shape, half: bool = False) -> Step:
     """A step of the plain language model on rows as long, where every position is a text target."""
     llm = model.llm
-    ids_BL = torch.randint(shape.llm["vocab_size"], (shape.num_rows, shape.length))
+    ids_BL = torch.randint(shape.llm["vocab_size"], (shape.num_rows, shape.length), device=llm.device)
     watched = [(llm, "forward", "text head"), (llm.base_model, "forward", "LLM")]
     loss = lambda: llm(input_ids=ids_BL, labels=ids_BL, use_cache=False).loss  # noqa: E731
     return Step(llm, loss, watched, shape.num_positions, half)
@@ -288,8 +291,16 @@ def encoder_step(shape: Shape, attention: str, half: bool = False) -> Step:
     return Step(ears, loss, watched, shape.num_rows * shape.num_prompt, half)
 
 
-def peer_config(shape: Shape) -> PocketTTSConfig:
-    """PocketTTS of a shape's width and head."""
+def peer_config(shape: Shape) -> Any:
+    """PocketTTS of a shape's width and head.
+
+    Raises:
+        ValueError: this transformers is too old to have it.
+    """
+    try:
+        from transformers import PocketTTSConfig
+    except ImportError as error:
+        raise ValueError(f"transformers {transformers.__version__} has no PocketTTS: install 5.21 or newer") from error
     head = {"hidden_size": shape.head["width"], "num_hidden_layers": shape.head["num_blocks"]}
     flow = {"condition_dim": shape.llm["hidden_size"], "latent_dim": LATENT_DIM} | head
     return PocketTTSConfig(flow_head_config=flow, latent_dim=LATENT_DIM, **shape.peer)
@@ -302,6 +313,8 @@ def peer_steps(shape: Shape, half: bool = False) -> dict[bool, Step]:
     them by default; here it is told. Attention is the model's default; "eager" is no faster at this size.
     """
     config = peer_config(shape)
+    from transformers import PocketTTSForConditionalGeneration
+
     model = PocketTTSForConditionalGeneration(config).train()
     ids_BL = torch.randint(4, config.audio_prompt_token_id, (shape.num_rows, shape.length))
     ids_BL[:, shape.num_prompt - 1] = config.audio_bos_token_id
@@ -409,9 +422,9 @@ def seconds_by_part(step: Step, repeats: int) -> dict[str, float]:
     return {part: statistics.median(each.get(part, 0.0) for each in found) for part in found[-1]}
 
 
-def matmul_peak(dtype: torch.dtype, size: int, repeats: int) -> float:
+def matmul_peak(dtype: torch.dtype, size: int, repeats: int, device: str = "cpu") -> float:
     """Floating-point operations per second of the best of `repeats` products of two square matrices."""
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return max(2 * size**3 / seconds(lambda: a @ b) for _ in range(repeats + 1))
 
 
@@ -435,10 +448,18 @@ class Spread:
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """How long it takes."""
+    """How long it takes, with what it leaves a GPU to do."""
+    wait_for_gpu()
     start = time.perf_counter()
     work()
+    wait_for_gpu()
     return time.perf_counter() - start
+
+
+def wait_for_gpu() -> None:
+    """Until a GPU that this process has used is idle."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def alternate(steps: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:

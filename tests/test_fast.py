@@ -23,6 +23,7 @@ from flowomni.streams import SpeechState, Streams
 
 from .tiny import lively_model, tiny_model
 
+CPU = torch.device("cpu")
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 
@@ -54,7 +55,7 @@ def prompted(model: FlowOmniModel, lengths: list[int], seed: int = 1) -> ModelSt
     generator = torch.Generator().manual_seed(seed)
     x_BLH = torch.randn(len(lengths), max(lengths), model.config.hidden_size, generator=generator)
     mask_BL = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
-    return model.advance(x_BLH, mask_BL, model.init_state(len(lengths)))[2]
+    return model.advance(x_BLH.to(model.device), mask_BL.to(model.device), model.init_state(len(lengths)))[2]
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +243,7 @@ def test_what_does_not_compile_stays_plain(caplog: pytest.LogCaptureFixture) -> 
             return torch.tensor([2 * each for each in x_B.tolist()])
 
     part = Part()
-    fast._Replaced(part, "double", "aot_eager")
+    fast._Replaced(part, "double", "aot_eager", CPU)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert part.double(torch.tensor([1.5])).tolist() == [3.0]

@@ -161,6 +161,12 @@ def bad_files(folder: Path) -> dict[str, str]:
     }
 
 
+def test_a_device_that_is_not_there(model: str, capsys: Capture) -> None:
+    assert "device 'cuda:99' cannot be used" in failure(
+        capsys, ["--text", "one", "--model", model, "--device", "cuda:99"]
+    )
+
+
 def test_bad_files(model: str, tmp_path: Path, capsys: Capture) -> None:
     """Alone: one line, status 2, nothing written. Among others: reported, and the others are answered."""
     words = bad_files(tmp_path)

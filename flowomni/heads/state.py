@@ -34,6 +34,6 @@ class SpeechStateHead(nn.Module):
 
     def stop_probability(self, hidden_BH: Tensor) -> Tensor:
         """Probability [B] that speech stops now, given that it either goes on or stops."""
-        logits = self.classify(hidden_BH).float()
+        logits = self.classify(hidden_BH.to(self.classify.weight.dtype)).float()
         pair = torch.stack([logits[:, SpeechState.GENERATING], logits[:, SpeechState.STOP]], dim=-1)
         return pair.softmax(-1)[:, 1]

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -89,6 +90,9 @@ def decoder_layers(codec: Any) -> Chain:
 
 
 def _mimi_sizes(config: PreTrainedConfig) -> CodecSizes:
+    if not hasattr(config, "encoder_config"):
+        found = transformers.__version__
+        raise ValueError(f"codec {config.model_type!r} is another class in transformers {found}: install 5.21 or newer")
     _require_mono(config.audio_channels, "audio_channels")
     if config.encoder_config is None or config.decoder_config is None:
         raise ValueError(
