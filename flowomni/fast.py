@@ -4,7 +4,8 @@
 
 Graphs are {embeddings, language model, output blocks} in `CompiledSteps.read`, the head's solver step with its
 modulation, and the text logits, apart because nobody needs them after the last word. The caches are those of `cache.py`
-and are written in place. On a GPU they are replayed as CUDA graphs (`replay.py`). The tokenizer's decoder and vocoder stay plain: compiled they took as long.
+and are written in place. On a GPU all are replayed as CUDA graphs (`replay.py`). The tokenizer's decoder and vocoder
+stay plain: compiled they took as long.
 
 What cannot be compiled stays as it is, after one warning that says why. A model is compiled for generation: weights may
 change in place afterwards, layers must not be replaced.

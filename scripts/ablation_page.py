@@ -259,7 +259,7 @@ def _tried(tried: Sequence[Report]) -> str:
         return "<h2>What was tried</h2><p>No tuning grids were judged beside this one.</p>"
     headings = ["", "cell", "steps", "WER own %", "settings", "sampling"]
     split = tried[0]["judge"]["split"]
-    return table(f"What was tried: short runs, judged on held-out questions ({split})", headings, rows)
+    return table(f"What was tried, judged on held-out questions ({split})", headings, rows)
 
 
 def _picture(drawn: bytes) -> str:

@@ -312,7 +312,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", default="runs/evaluation", help="folder for the results (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="questions answered at once (default: %(default)s)")
     parser.add_argument("--num-workers", type=int, default=2, help="processes that listen (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="of the model (default: %(default)s)")
+    parser.add_argument("--device", help="of the model (default: a GPU if there is one)")
     parser.add_argument("--dtype", default="float32", help="of the language model (default: %(default)s)")
     parser.add_argument("--int8", action="store_true", help="int8 weights: what do they cost?")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled speech (default: %(default)s)")
@@ -343,10 +343,12 @@ def evaluate(options: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     from flowomni.api import FlowOmni
+    from flowomni.devices import default_device
 
     names = ("num_steps", "solver", "temperature", "guidance")
     sampling = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    omni = FlowOmni.from_pretrained(options.model, options.device, dtype=options.dtype, int8=options.int8)
+    device = options.device or default_device()
+    omni = FlowOmni.from_pretrained(options.model, device, dtype=options.dtype, int8=options.int8)
     speak = not options.text_only
     answers, seconds = answer_all(omni, items, options.batch_size, options.seed, sampling, speak)
     if speak:
@@ -361,7 +363,7 @@ def evaluate(options: argparse.Namespace) -> None:
         "split": options.split,
         "num_questions": len(items),
         "batch_size": options.batch_size,
-        "device": options.device,
+        "device": device,
         "dtype": options.dtype,
         "int8": options.int8,
         "seed": options.seed,
