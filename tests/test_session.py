@@ -316,7 +316,9 @@ def test_speaking_interrupts_the_answer(engine: Engine) -> None:
         pass
     session.push(spoken(2)[: -round(0.6 * 16_000)], 16_000)
     found = events(session)
-    assert names([e for e in found if not isinstance(e, TextDelta)]) == ["SpeechStarted", "ResponseDone"]
+    started = next(number for number, event in enumerate(found) if isinstance(event, SpeechStarted))
+    after = found[started:]  # a piece of sound may have come before the speaking was heard
+    assert names([e for e in after if not isinstance(e, TextDelta)]) == ["SpeechStarted", "ResponseDone"]
     assert done(found).status == "cancelled"
 
 
