@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -29,17 +28,18 @@ from flowomni.commands import Parser, exit_status
 from flowomni.devices import DTYPES, as_dtype, check_device, default_device
 from flowomni.fast import accelerate
 from scripts import benchmark, streaming_models, training_steps
+from scripts.bench_streaming import bandwidth, print_parts
 from scripts.benchmark import Bar
-from scripts.streaming_models import our_model, our_speech, spoken, step_parts
-from scripts.training_steps import Shape, Spread, alternate, flops_by_part, matmul_peak, ratio, seconds
+from scripts.streaming_models import our_model, our_speech, spoken
+from scripts.training_steps import Shape, Spread, alternate, flops_by_part, matmul_peak, ratio
 
-QWEN = dict(training_steps._llm("qwen3", 1024, 28, 16, 3072, 151_936, kv=8), head_dim=128)
+QWEN = dict(training_steps.llm_sizes("qwen3", 1024, 28, 16, 3072, 151_936, kv=8), head_dim=128)
 SHAPES = {
     "0.6b": Shape(
         llm=QWEN,
-        head=training_steps._head(512, 6),
+        head=training_steps.head_sizes(512, 6),
         output_blocks={"num_layers": 6, "num_heads": 16},
-        encoder=training_steps._whisper(768, 12, 12, 3072),
+        encoder=training_steps.whisper_sizes(768, 12, 12, 3072),
         num_rows=32,
         num_prompt=80,
         num_spoken=120,
@@ -48,14 +48,7 @@ SHAPES = {
     "toy": training_steps.SHAPES["toy"],
 }
 ROWS = (1, 8)
-WARM_UP, REPEATS = 6, 30
-
-
-def bandwidth(device: str, size: int) -> float:
-    """Bytes per second of a product of a matrix that no cache holds with a vector."""
-    matrix, vector = torch.randn(size, size, device=device), torch.randn(size, device=device)
-    times = [seconds(lambda: torch.mv(matrix, vector)) for _ in range(8)]
-    return matrix.nbytes / min(times[2:])
+REPEATS = 30
 
 
 @cache
@@ -73,19 +66,7 @@ def steps_section(options: argparse.Namespace) -> tuple[dict[str, Any], list[Bar
     for kind, omni in models(options.shape, options.device, options.dtype).items():
         for num_rows in ROWS:
             print(f"\nsteps, {kind}, {num_rows} rows, {options.dtype}")
-            print(f"    {'':20}{'MB of weights':>14}{'floor ms':>10}{'ms':>9}{'floor/time':>12}")
-            parts = {}
-            with torch.inference_mode():
-                for name, (run, size) in step_parts(omni, num_rows=num_rows).items():
-                    for _ in range(WARM_UP):
-                        run()
-                    sec = statistics.median(seconds(run) for _ in range(REPEATS))
-                    parts[name] = {"bytes": size, "floor_sec": size / options.bandwidth, "sec": sec}
-            parts["step"] = {key: sum(part[key] for part in parts.values()) for key in ("bytes", "floor_sec", "sec")}
-            for name, part in parts.items():
-                size, floor, sec = part["bytes"] / 1e6, 1e3 * part["floor_sec"], 1e3 * part["sec"]
-                print(f"    {name:20}{size:>14.1f}{floor:>10.3f}{sec:>9.3f}{floor / sec:>11.0%}")
-            found[f"{kind}, {num_rows} rows"] = parts
+            found[f"{kind}, {num_rows} rows"] = print_parts(omni, options.bandwidth, REPEATS, num_rows)
     return found, []
 
 
@@ -163,7 +144,7 @@ def bench(options: argparse.Namespace) -> int:
     check_device(options.device)
 
     def start() -> dict[str, Any]:
-        options.bandwidth = bandwidth(options.device, 256 if options.shape == "toy" else 16_384)
+        options.bandwidth = bandwidth(options.device)
         name = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else options.device
         print(f"{name}, torch {torch.__version__}; memory is read at {options.bandwidth / 1e9:.0f} GB/s")
         return {"device_name": name}

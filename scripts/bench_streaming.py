@@ -46,7 +46,7 @@ from scripts.streaming_models import (
     spoken,
     step_parts,
 )
-from scripts.training_steps import Spread, ratio
+from scripts.training_steps import Spread, ratio, seconds
 
 MIN_SPEED = {("100m", "float32"): 1.5, ("100m", "int8"): 2.0, ("7m", "float32"): 5.0}
 MAX_FIRST = {("100m", "float32"): 0.5, ("100m", "int8"): 0.5}
@@ -57,30 +57,22 @@ CHUNK_SEC = 0.04
 MIB = 2**20
 
 
-def bandwidth() -> float:
+def bandwidth(device: str = "cpu") -> float:
     """Bytes per second of a product with a matrix that no cache holds."""
-    matrix, vector = torch.randn(16_384, 4096), torch.randn(4096)
-    times = []
-    for _ in range(8):
-        began = time.perf_counter()
-        torch.mv(matrix, vector)
-        times.append(time.perf_counter() - began)
+    matrix, vector = torch.randn(16_384, 4096, device=device), torch.randn(4096, device=device)
+    times = [seconds(lambda: torch.mv(matrix, vector)) for _ in range(8)]
     return matrix.nbytes / statistics.median(times[2:])
 
 
-def print_parts(omni: FlowOmni, bytes_per_sec: float, repeats: int) -> dict[str, dict[str, float]]:
+def print_parts(omni: FlowOmni, bytes_per_sec: float, repeats: int, num_rows: int = 1) -> dict[str, dict[str, float]]:
     """Each part of a step: its time, and the floor."""
     found = {}
     print(f"    {'':20}{'MB of weights':>14}{'floor ms':>10}{'ms':>9}{'floor/time':>12}")
     with torch.inference_mode():
-        for name, (run, size) in step_parts(omni).items():
+        for name, (run, size) in step_parts(omni, num_rows=num_rows).items():
             for _ in range(4):
                 run()
-            times = []
-            for _ in range(repeats):
-                began = time.perf_counter()
-                run()
-                times.append(time.perf_counter() - began)
+            times = [seconds(run) for _ in range(repeats)]
             found[name] = {"bytes": size, "floor_sec": size / bytes_per_sec, "sec": statistics.median(times)}
     found["step"] = {key: sum(part[key] for part in found.values()) for key in ("bytes", "floor_sec", "sec")}
     for name, part in found.items():

@@ -74,29 +74,31 @@ class Shape:
         )
 
 
-def _llm(kind: str, width: int, layers: int, heads: int, inner: int, vocabulary: int, kv: int = 0) -> dict[str, Any]:
+def llm_sizes(
+    kind: str, width: int, layers: int, heads: int, inner: int, vocabulary: int, kv: int = 0
+) -> dict[str, Any]:
     sizes = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": inner, "vocab_size": vocabulary}
     attention = {"num_attention_heads": heads, "num_key_value_heads": kv or heads}
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     return {"model_type": kind, "tie_word_embeddings": True} | sizes | attention | ids
 
 
-def _whisper(width: int, layers: int, heads: int, inner: int) -> dict[str, Any]:
+def whisper_sizes(width: int, layers: int, heads: int, inner: int) -> dict[str, Any]:
     sizes = {"d_model": width, "encoder_layers": layers, "encoder_attention_heads": heads, "encoder_ffn_dim": inner}
     return sizes | {"num_mel_bins": 80, "max_source_positions": 1500}
 
 
-def _head(width: int, blocks: int) -> dict[str, Any]:
+def head_sizes(width: int, blocks: int) -> dict[str, Any]:
     return {"kind": "flow", "width": width, "num_blocks": blocks, "objective": "lsd"}
 
 
 SHAPES = {
     # seconds of nothing, for tests
     "toy": Shape(
-        llm=_llm("qwen2", 32, 2, 2, 48, 64),
-        head=_head(16, 1),
+        llm=llm_sizes("qwen2", 32, 2, 2, 48, 64),
+        head=head_sizes(16, 1),
         output_blocks={"num_layers": 1, "num_heads": 2},
-        encoder=_whisper(16, 1, 2, 32),
+        encoder=whisper_sizes(16, 1, 2, 32),
         num_rows=2,
         num_prompt=6,
         num_spoken=5,
@@ -105,10 +107,10 @@ SHAPES = {
     ),
     # configs/tiny and the rows of its corpus: 2.6 s heard, 2.3 s spoken
     "small": Shape(
-        llm=_llm("qwen2", 256, 6, 4, 768, 698),
-        head=_head(256, 4),
+        llm=llm_sizes("qwen2", 256, 6, 4, 768, 698),
+        head=head_sizes(256, 4),
         output_blocks={"num_layers": 2, "num_heads": 4, "intermediate_size": 768},
-        encoder=_whisper(256, 4, 4, 768),
+        encoder=whisper_sizes(256, 4, 4, 768),
         num_rows=32,
         num_prompt=37,
         num_spoken=27,
@@ -116,10 +118,10 @@ SHAPES = {
     ),
     # SmolLM2-135M with the default six output blocks and Whisper base
     "medium": Shape(
-        llm=_llm("llama", 576, 30, 9, 1536, 49_152, kv=3),
-        head=_head(512, 6),
+        llm=llm_sizes("llama", 576, 30, 9, 1536, 49_152, kv=3),
+        head=head_sizes(512, 6),
         output_blocks={"num_layers": 6, "num_heads": 8},
-        encoder=_whisper(512, 6, 8, 2048),
+        encoder=whisper_sizes(512, 6, 8, 2048),
         num_rows=8,
         num_prompt=37,
         num_spoken=40,
@@ -127,10 +129,10 @@ SHAPES = {
     ),
     # as large as PocketTTS, no output blocks: a layer has 0.2 % more parameters (2736 x 3 for 4096 x 2)
     "wide": Shape(
-        llm=_llm("llama", 1024, 6, 16, 2736, 4004),
-        head=_head(512, 6),
+        llm=llm_sizes("llama", 1024, 6, 16, 2736, 4004),
+        head=head_sizes(512, 6),
         output_blocks={"num_layers": 0},
-        encoder=_whisper(512, 6, 8, 2048),
+        encoder=whisper_sizes(512, 6, 8, 2048),
         num_rows=8,
         num_prompt=17,
         num_spoken=60,

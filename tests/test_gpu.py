@@ -74,7 +74,7 @@ def test_heads_learn_and_draw_the_same(case: Case) -> None:
         torch.testing.assert_close(drawn_BX.cpu(), head.sample(hidden_NH, sampling, seeded(4)), **TOLERANCE)
 
 
-def test_the_speech_tokenizer_encodes_and_decodes_the_same(omni: FlowOmni) -> None:
+def test_the_speech_tokenizer_encodes_and_decodes_the_same() -> None:
     here = FlowOmni.from_pretrained().model.speech_tokenizer
     there = copy.deepcopy(here).cuda()
     wav_1S = 0.1 * torch.randn(1, 24_000, generator=seeded(0))
